@@ -1,0 +1,43 @@
+"""bitswitch: one trained network, one stored 8-bit integer weight per parameter, every precision from it.
+
+The public names are imported when they are first used, so that `bitswitch.runtime` needs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bitswitch.version import __version__
+
+if TYPE_CHECKING:
+    from bitswitch.export import load, save
+    from bitswitch.nn import quantize, switch, switched, widths
+    from bitswitch.training import MultiPrecisionOptimizer
+
+_ROOMS = {
+    "quantize": "bitswitch.nn",
+    "switch": "bitswitch.nn",
+    "switched": "bitswitch.nn",
+    "widths": "bitswitch.nn",
+    "MultiPrecisionOptimizer": "bitswitch.training",
+    "save": "bitswitch.export",
+    "load": "bitswitch.export",
+}
+
+__all__ = ["MultiPrecisionOptimizer", "__version__", "load", "quantize", "save", "switch", "switched", "widths"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'bitswitch' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_ROOMS[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(
+                f"bitswitch.{name} needs torch: pip install 'bitswitch[train]'", name="torch"
+            ) from error
+        raise
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,114 @@
+"""What an artifact says of itself: a JSON document in the metadata of the safetensors file."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bitswitch import codes, files
+from bitswitch.errors import UserError
+
+VERSION = 1
+KEY = "bitswitch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEntry:
+    """A quantized layer.
+
+    Attributes:
+        name: of the layer in the network.
+        shape: of its weight.
+        bits: width of the stored codes.
+        input: kind of its input's quantizer: "unsigned", "signed" or "zero_point".
+        squared_error: {width: ||W_l(width) - W_l||^2}, W_l the float weights that training ended with.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    input: str
+    squared_error: Mapping[int, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """All that is not a tensor.
+
+    Attributes:
+        widths: candidate widths, highest first.
+        layers: in the order in which they run.
+        norms: {batch normalization: the layer whose width it follows}.
+        per_channel: one weight scale per output channel.
+        network: {"name": ..., "args": {...}}, or None where the network is the user's own and was not named.
+        preprocessing: {"shape": [C, H, W], "mean": [...], "std": [...], "resize": ..., "crop": ...}, or None.
+        classes: names in the order of the logits, or None.
+        provenance: how the file came about: recipe, seed, versions, accuracies.
+        checksums: {tensor: first 16 hexadecimal digits of the SHA-256 of its bytes}.
+    """
+
+    widths: tuple[int, ...]
+    layers: tuple[LayerEntry, ...]
+    norms: Mapping[str, str]
+    per_channel: bool
+    network: Mapping[str, Any] | None
+    preprocessing: Mapping[str, Any] | None
+    classes: tuple[str, ...] | None
+    provenance: Mapping[str, Any]
+    checksums: Mapping[str, str]
+
+    def to_text(self) -> str:
+        """Canonical JSON."""
+        value = asdict(self) | {"version": VERSION}
+        for layer in value["layers"]:
+            layer["squared_error"] = {str(width): error for width, error in layer["squared_error"].items()}
+        return files.canonical_json(value)
+
+    @classmethod
+    def from_text(cls, text: str) -> "Header":
+        """The inverse of `to_text`.
+
+        Raises:
+            UserError: it is not a header of a version that this package reads.
+        """
+        try:
+            value = json.loads(text)
+            version = value.pop("version")
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"its header is not one of bitswitch ({error})") from error
+        if version != VERSION:
+            raise UserError(f"it is of format version {version!r}, this bitswitch reads version {VERSION}: upgrade bitswitch")
+        try:
+            return cls._checked(value)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise UserError(f"its header is damaged: {error}") from error
+
+    @classmethod
+    def _checked(cls, value: dict[str, Any]) -> "Header":
+        widths = codes.check_widths(value["widths"])
+        layers = tuple(_layer(entry, widths) for entry in value["layers"])
+        names = [layer.name for layer in layers]
+        if not layers or len(set(names)) != len(names):
+            raise ValueError("no layers, or one listed twice")
+        if not set(value["norms"].values()) <= set(names):
+            raise ValueError("a batch normalization follows no listed layer")
+        for key in ("network", "preprocessing"):
+            if value[key] is not None and not isinstance(value[key], dict):
+                raise ValueError(f"{key} is not an object")
+        if value["network"] is not None and not isinstance(value["network"]["name"], str):
+            raise ValueError("the network's name is not a string")
+        classes = None if value["classes"] is None else tuple(str(name) for name in value["classes"])
+        return cls(**value | {"widths": widths, "layers": layers, "classes": classes})
+
+
+def _layer(entry: dict[str, Any], widths: tuple[int, ...]) -> LayerEntry:
+    shape = tuple(entry["shape"])
+    if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"layer {entry['name']!r} has the shape {shape}")
+    if entry["bits"] != widths[0] or entry["input"] not in ("unsigned", "signed", "zero_point"):
+        raise ValueError(f"layer {entry['name']!r} has {entry['bits']!r} bits and input {entry['input']!r}")
+    errors = {int(width): float(error) for width, error in entry["squared_error"].items()}
+    if set(errors) != set(widths) or not all(math.isfinite(error) for error in errors.values()):
+        raise ValueError(f"layer {entry['name']!r} lacks the squared error of a width")
+    return LayerEntry(**entry | {"shape": shape, "squared_error": errors})

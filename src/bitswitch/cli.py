@@ -1,0 +1,323 @@
+"""The command line: parse, call, print, exit."""
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+from bitswitch.errors import UserError, require
+
+require("typer", "train")
+require("yaml", "train")
+require("pydantic", "train")
+require("torch", "train")
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from bitswitch import artifact, files, pipeline  # noqa: E402
+from bitswitch.config import load_recipe, recipe_names, to_yaml  # noqa: E402
+from bitswitch.rundir import RunDirectory  # noqa: E402
+from bitswitch.version import __version__  # noqa: E402
+
+# The base of every complaint about the words of a command; typer carries its own copy of click or takes it from outside.
+_UsageError: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="bitswitch",
+    help="One trained network, one stored 8-bit integer weight per parameter, every precision from it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(help="List the built-in recipes.", invoke_without_command=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+output = Console(soft_wrap=True, highlight=False)
+
+RecipeName = Annotated[str, typer.Argument(help="A built-in recipe, or the path of a .yaml file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ..., the values as YAML.")]
+File = Annotated[Path, typer.Argument(help="An artifact.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; auto takes CUDA where there is one.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="In place of the recipe's.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/<recipe> where it is not given.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Do these stages again whatever is there.")]
+Report = Annotated[Path | None, typer.Option("--out", help="Also write the JSON document into this folder.")]
+
+
+class TerminalReporter:
+    """Notes and progress bars on stderr; no bars where it is not a terminal."""
+
+    def note(self, text: str) -> None:
+        """A line."""
+        errors.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def progress(self, stage: str, steps: int, done: int) -> Iterator[Callable[[str], None]]:
+        """A progress bar with the time left."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[text]}"), console=errors, disable=not errors.is_terminal) as bar:
+            task = bar.add_task(stage, total=steps, completed=done, text="")
+            yield lambda text: bar.update(task, advance=1, text=text)
+
+
+def _emit(document: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    else:
+        show()
+
+
+def _stages(
+    stages: Sequence[str],
+    recipe: str,
+    overrides: list[str] | None,
+    as_json: bool,
+    device: str,
+    seed: int | None,
+    out: Path | None,
+    fresh: bool,
+) -> None:
+    """Do stages, and show what they reached."""
+    config = load_recipe(recipe, overrides or [], seed=seed)
+    name = Path(recipe).stem
+    run = pipeline.Run(
+        name=name,
+        recipe=config,
+        directory=RunDirectory(out or Path("runs") / name),
+        device=pipeline.choose_device(device),
+        reporter=TerminalReporter(),
+    )
+    records = pipeline.execute(run, stages, fresh=fresh)
+    document = _run_document(run, {stage: records[stage] for stage in records if stage in stages or stage == "pretrain"})
+    _emit(document, as_json, lambda: _show_run(document))
+
+
+def _run_document(run: pipeline.Run, records: dict[str, Any]) -> dict[str, Any]:
+    rows = []
+    for record in records.values():
+        for bits, score in record["result"].items():
+            rows.append({"bits": None if bits == "float" else int(bits), "split": "test", **score})
+    file = run.directory.artifact if "train" in records else None
+    return {
+        "results": rows,
+        "run": str(run.directory.path),
+        "artifact": None if file is None else str(file),
+        "bytes": None if file is None else file.stat().st_size,
+    }
+
+
+def _score_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in ("precision", "top-1 %", "top-5 %", "loss", "images"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        name = "float" if row["bits"] is None else f"{row['bits']} bits"
+        table.add_row(name, f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{row['loss']:.4f}", str(row["images"]))
+    return table
+
+
+def _show_run(document: dict[str, Any]) -> None:
+    output.print(_score_table(f"{document['run']}, on test", document["results"]))
+    if document["artifact"]:
+        output.print(f"{document['artifact']}: {document['bytes']:,} bytes, every width in it", markup=False)
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Out = None,
+    fresh: Fresh = False,
+) -> None:
+    """Every stage of a recipe in order; takes up where it stopped."""
+    _stages(pipeline.STAGES, recipe, overrides, json_, device, seed, out, fresh)
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Out = None,
+    fresh: Fresh = False,
+) -> None:
+    """Train the float network."""
+    _stages(["pretrain"], recipe, overrides, json_, device, seed, out, fresh)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Out = None,
+    fresh: Fresh = False,
+) -> None:
+    """Train all bit-widths together, from the float network, and write the artifact."""
+    _stages(["train"], recipe, overrides, json_, device, seed, out, fresh)
+
+
+@app.command()
+def evaluate(
+    file: File,
+    bits: Annotated[str | None, typer.Option(help="Widths, such as 8,6,4,2; all where not given.")] = None,
+    data: Annotated[str | None, typer.Option(help="A data name or an image folder; its own where not given.")] = None,
+    split: Annotated[str, typer.Option(help="test or val.")] = "test",
+    model: Annotated[str | None, typer.Option(help="The network where the file does not name it.")] = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Report = None,
+) -> None:
+    """Accuracy of an artifact at every width."""
+    if split not in ("test", "val"):
+        raise UserError(f"--split {split}: use test or val")
+    document = pipeline.evaluate_artifact(
+        file,
+        bits=_widths(bits),
+        data_name=data,
+        split=split,
+        network=model,
+        device=pipeline.choose_device(device),
+    )
+    if out is not None:
+        files.write_json(out / "evaluate.json", document)
+    _emit(document, json_, lambda: output.print(_score_table(f"{file}, on {split}", document["results"])))
+
+
+def _widths(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--bits {text}: give widths with commas between them, such as 8,6,4,2") from error
+
+
+@app.command()
+def inspect(
+    file: File,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Report = None,
+) -> None:
+    """What is in an artifact: widths, layers, sizes, provenance."""
+    header, tensors = artifact.read(file)
+    document = {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "widths": list(header.widths),
+        "network": header.network,
+        "preprocessing": header.preprocessing,
+        "classes": header.classes,
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "bits": layer.bits,
+                "input": layer.input,
+                "squared_error": {str(width): error for width, error in layer.squared_error.items()},
+            }
+            for layer in header.layers
+        ],
+        "code_bytes": sum(a.nbytes for name, a in tensors.items() if name.endswith(".codes")),
+        "other_bytes": sum(a.nbytes for name, a in tensors.items() if not name.endswith(".codes")),
+        "provenance": dict(header.provenance),
+    }
+    if out is not None:
+        files.write_json(out / "inspect.json", document)
+    _emit(document, json_, lambda: _show_file(document))
+
+
+def _show_file(document: dict[str, Any]) -> None:
+    table = Table(title=f"{document['file']}, widths {document['widths']}", title_justify="left")
+    for column in ("layer", "shape", "input", *(f"squared error at {w}" for w in document["widths"])):
+        table.add_column(column)
+    for layer in document["layers"]:
+        errors_ = [f"{layer['squared_error'][str(w)]:.4g}" for w in document["widths"]]
+        table.add_row(layer["name"], "x".join(map(str, layer["shape"])), layer["input"], *errors_)
+    output.print(table)
+    sizes = f"{document['code_bytes']:,} of integer codes, {document['other_bytes']:,} of other tensors"
+    output.print(f"{document['bytes']:,} bytes: {sizes}", markup=False)
+    output.print(f"network: {json.dumps(document['network'])}", markup=False)
+    for key, value in document["provenance"].items():
+        output.print(f"{key}: {json.dumps(value)}", markup=False)
+
+
+@recipes_app.callback()
+def recipes(
+    context: typer.Context, json_: Json = False, device: Device = "auto", seed: Seed = None, out: Report = None
+) -> None:
+    """List the built-in recipes."""
+    if context.invoked_subcommand is None:
+        _emit({"recipes": recipe_names()}, json_, lambda: output.print("\n".join(recipe_names()), markup=False))
+
+
+@recipes_app.command()
+def show(
+    name: RecipeName,
+    overrides: Overrides = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Report = None,
+) -> None:
+    """Print a recipe as it is resolved."""
+    recipe = load_recipe(name, overrides or [], seed=seed)
+    _emit(recipe.model_dump(mode="json"), json_, lambda: output.print(to_yaml(recipe), markup=False, end=""))
+
+
+@app.command()
+def version(json_: Json = False) -> None:
+    """The version of bitswitch."""
+    _emit({"version": __version__}, json_, lambda: output.print(__version__, markup=False))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line. Exit 0: done; 2: the user's mistake, told in one line; 1: our fault; 130: interrupted."""
+    # A user's own package.module:function is looked for where the command is typed, as python -m does.
+    sys.path.insert(0, "")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=given or ["--help"], standalone_mode=False)
+        code = 0
+    except UserError as error:
+        code = _fail(str(error))
+    except _UsageError as error:
+        code = _fail(error.format_message() or "bitswitch --help lists the commands")
+    except (typer.Abort, KeyboardInterrupt):
+        errors.print("interrupted; the same command goes on from the last checkpoint", markup=False)
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except Exception:
+        traceback.print_exc()
+        errors.print("this is a fault of bitswitch, not yours; please report it with the lines above", markup=False)
+        code = 1
+    sys.exit(code)
+
+
+def _fail(message: str) -> int:
+    errors.print(f"bitswitch: {' '.join(message.split())}", markup=False)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

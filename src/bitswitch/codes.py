@@ -1,0 +1,84 @@
+"""The integer law: which integers a bit-width has, and how a code of `high` bits becomes one of `low` bits.
+
+Integers in, integers out, on NumPy arrays and torch tensors alike, with the same answers. Training's forward, the loader
+of artifacts, export and the runtime all narrow with `narrow`, so that codes are equal everywhere to the last bit.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from bitswitch.errors import UserError
+
+LEAST_BITS = 2
+MOST_BITS = 8
+
+Codes = TypeVar("Codes", bound=Any)
+
+
+def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
+    """Return `widths` as a tuple, or raise.
+
+    Raises:
+        UserError: a width is not a whole number from 2 to 8, or the widths do not strictly descend.
+    """
+    if isinstance(widths, (int, str)) or not len(widths):
+        raise UserError(f"bits={widths!r}: give a list of bit-widths, highest first, such as (8, 6, 4, 2)")
+    for width in widths:
+        if isinstance(width, bool) or not isinstance(width, (int, np.integer)) or not LEAST_BITS <= width <= MOST_BITS:
+            raise UserError(f"bits={tuple(widths)}: {width!r} is not a bit-width; use whole numbers from 2 to 8")
+    if any(after >= before for before, after in zip(widths, widths[1:], strict=False)):
+        raise UserError(f"bits={tuple(widths)}: list each bit-width once, highest first, such as (8, 6, 4, 2)")
+    return tuple(int(width) for width in widths)
+
+
+def signed_range(bits: int) -> tuple[int, int]:
+    """The least and the greatest two's complement integer of `bits` bits.
+
+    >>> signed_range(8), signed_range(2)
+    ((-128, 127), (-2, 1))
+    """
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def unsigned_range(bits: int) -> tuple[int, int]:
+    """The least and the greatest unsigned integer of `bits` bits.
+
+    >>> unsigned_range(4)
+    (0, 15)
+    """
+    return 0, (1 << bits) - 1
+
+
+def narrow(q: Codes, high: int, low: int) -> Codes:
+    """Narrow signed codes of `high` bits to `low` bits: the second rounding of Double Rounding (arXiv 2502.01199).
+
+    `q_l = clip((q_h + 2^(D-1)) >> D, -2^(l-1), 2^(l-1) - 1)` with `D = high - low`: ties go up (half-up), not to even.
+
+    Args:
+        q: codes in `signed_range(high)`, a NumPy array or torch tensor of a signed integer type, any shape.
+        high: the width of `q`, at most 8.
+        low: the width wanted, at least 2.
+
+    Returns:
+        Codes of the same type and shape, in `signed_range(low)`. `q` itself where the widths are equal.
+
+    Raises:
+        UserError: the widths are not `2 <= low <= high <= 8`.
+        TypeError: `q` does not hold signed integers.
+
+    >>> narrow(np.array([-128, -33, -32, 31, 32, 127], np.int8), 8, 2)
+    array([-2, -1,  0,  0,  1,  1], dtype=int8)
+    """
+    if not LEAST_BITS <= low <= high <= MOST_BITS:
+        raise UserError(f"cannot narrow from {high} to {low} bits: need {LEAST_BITS} <= low <= high <= {MOST_BITS}")
+    if not str(q.dtype).removeprefix("torch.").startswith("int"):
+        raise TypeError(f"codes are signed integers, not {q.dtype}")
+    shift = high - low
+    if shift == 0:
+        return q
+    # Equal to (q + 2^(shift-1)) >> shift, the add-and-shift of hardware, but 127 + 64 would not fit in int8: the bit below
+    # the cut is what the addition carries into the result.
+    rounding_bit = (q >> (shift - 1)) & 1
+    return ((q >> shift) + rounding_bit).clip(*signed_range(low))

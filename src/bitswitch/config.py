@@ -1,0 +1,174 @@
+"""What a recipe may say, and how a recipe and overrides become one checked configuration."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from bitswitch import codes, files
+from bitswitch.errors import UserError, nearest
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class ModelPart(_Part):
+    """The network: a name and keyword arguments; see `bitswitch.models.build`."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+
+class DataPart(_Part):
+    """The data: a name, where they lie, and how much of train is set aside as val."""
+
+    name: str
+    root: str | None = None
+    val_fraction: float = Field(0.1, ge=0, lt=1)
+
+
+class PretrainPart(_Part):
+    """Float training: SGD with Nesterov momentum, cosine schedule."""
+
+    epochs: int = Field(200, ge=0)
+    batch_size: int = Field(128, ge=1)
+    lr: float = Field(0.1, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+
+
+class TrainPart(_Part):
+    """Joint multi-precision training: two Adams, cosine schedule, ALRS."""
+
+    epochs: int = Field(200, ge=1)
+    batch_size: int = Field(128, ge=1)
+    lr: float = Field(5e-4, gt=0)
+    scale_lr: float | None = Field(None, gt=0)
+    weight_decay: float = Field(5e-5, ge=0)
+    order: Literal["each", "accumulate"] = "each"
+    alrs: Literal["relative", "printed", "off"] = "relative"
+    eta: Literal["paper"] | float | dict[int, float] = 1.0
+    clip: float = Field(1.0, gt=0)
+    scale_form: Literal["raw", "log"] = "log"
+    per_channel: bool = False
+    lsq_factor: bool = True
+    keep: tuple[str, ...] = ()
+    calibration_images: int = Field(512, ge=1)
+
+
+class Recipe(_Part):
+    """A whole run."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    bits: tuple[int, ...] = (8, 6, 4, 2)
+    model: ModelPart
+    data: DataPart
+    pretrain: PretrainPart = PretrainPart()
+    train: TrainPart = TrainPart()
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _widths(cls, value: Any) -> Any:
+        return codes.check_widths(value)
+
+
+def recipe_names() -> list[str]:
+    """The built-in recipes."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("bitswitch.recipes").iterdir() if ".yaml" in p.name)
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = (), *, seed: int | None = None) -> Recipe:
+    """A checked configuration.
+
+    Args:
+        recipe: a built-in recipe's name, or the path of a YAML file.
+        overrides: "key.of.part=value"; the value is read as YAML.
+        seed: in place of the recipe's.
+
+    Raises:
+        UserError: no such recipe, not YAML, an unknown key, or a value that does not fit.
+    """
+    value = _read(recipe)
+    for override in overrides:
+        _override(value, override)
+    if seed is not None:
+        value["seed"] = seed
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        raise UserError(f"recipe {recipe}: {_first(error, value)}") from error
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def part_digest(value: Any) -> str:
+    """A digest of plain JSON values."""
+    return files.digest(files.canonical_json(value).encode())
+
+
+def _read(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix not in (".yaml", ".yml"):
+        if recipe not in recipe_names():
+            hint = nearest(recipe, recipe_names())
+            raise UserError(f"no recipe is named {recipe!r}{hint}; there are: {', '.join(recipe_names())}, or a .yaml file")
+        text = resources.files("bitswitch.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise UserError(f"recipe {recipe} cannot be read: {reason}") from error
+    value = _yaml(text, f"recipe {recipe}")
+    if not isinstance(value, dict):
+        raise UserError(f"recipe {recipe} is not a mapping of keys to values")
+    return value
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _override(value: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} is not key=value, such as train.epochs=30")
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = value.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"override {override!r}: {parent!r} has no keys inside")
+        value = inner
+    value[last] = _yaml(text, f"the value of {key}")
+
+
+def _first(error: ValidationError, value: Any) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    # Alternatives of a union appear as parts of the location that no user wrote.
+    location = [part for part in first["loc"] if isinstance(part, str) and "[" not in part]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        return f"unknown key {key!r}{nearest(location[-1], known)}; known here: {', '.join(known)}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}" if key != "bits" else message
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    part: Any = Recipe
+    for name in location:
+        part = part.model_fields[name].annotation
+    return list(part.model_fields)

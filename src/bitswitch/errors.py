@@ -1,0 +1,30 @@
+"""Errors that a user can cause and mend."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one line: what is wrong, where, and what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A phrase that names the known word nearest to `name`, or the empty string where none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import `module`; where it is not installed, name the extra that brings it.
+
+    Raises:
+        UserError: the module is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise UserError(f"{module} is not installed: pip install 'bitswitch[{extra}]'") from error

@@ -1,0 +1,5 @@
+"""From a torch model to an artifact, and back."""
+
+from bitswitch.export.artifact import load, save
+
+__all__ = ["load", "save"]

@@ -1,0 +1,207 @@
+"""`save` and `load`: a quantized torch model to its artifact and back, the codes equal to the last bit."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitswitch import artifact
+from bitswitch.errors import UserError
+from bitswitch.models import build, is_trusted
+from bitswitch.nn import Plan, QuantizedLayer, SwitchableBatchNorm, apply, plan_of, switch
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    network: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    classes: tuple[str, ...] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the model's artifact: one integer code per quantized weight, scales, per-width parameters, float rest.
+
+    The model is not changed. No float weight of a quantized layer is written.
+
+    Args:
+        model: made by `bitswitch.quantize`, or loaded.
+        path: the file; written whole or not at all.
+        network: {"name": ..., "args": {...}}, by which `load` builds the network again; without it, `load` must be given
+            the model.
+        preprocessing: {"shape", "mean", "std", "resize", "crop"} of the input.
+        classes: names in the order of the logits.
+        provenance: plain JSON values, kept as they are.
+
+    Raises:
+        UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be
+            written.
+    """
+    plan = plan_of(model)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    header = artifact.Header(
+        widths=plan.widths,
+        layers=tuple(_entry(name, layers[name], plan) for name in plan.layers),
+        norms=plan.norms,
+        per_channel=plan.per_channel,
+        network=network,
+        preprocessing=preprocessing,
+        classes=classes,
+        provenance=provenance or {},
+        checksums={},
+    )
+    artifact.write(path, header, _tensors(model))
+
+
+def load(
+    path: str | Path,
+    *,
+    bits: int | None = None,
+    model: nn.Module | Callable[..., nn.Module] | str | None = None,
+    assignment: Mapping[str, int] | None = None,
+) -> nn.Module:
+    """The model of an artifact, in eval mode, with integer codes and no float weight in its quantized layers.
+
+    Args:
+        path: the artifact.
+        bits: the width to stand at; the highest where neither this nor `assignment` is given.
+        model: the network where the file does not name it, or names the user's own code, which is never imported on the
+            word of a file: a float module, a function that builds one, or its name.
+        assignment: widths by layer name.
+
+    Raises:
+        UserError: the file is not a whole, unaltered artifact of a version that this package reads; the network is not
+            known or is another; the width is not in the file.
+    """
+    header, tensors = artifact.read(path)
+    # Building draws initial weights; the caller's random numbers are not to be moved by it.
+    with torch.random.fork_rng(devices=[]):
+        network = _network(path, header, model)
+    plan = Plan(
+        widths=header.widths,
+        layers={layer.name: layer.input for layer in header.layers},  # type: ignore[misc]
+        norms=header.norms,
+        per_channel=header.per_channel,
+        scale_form="raw",
+        lsq_factor=True,
+    )
+    loaded = apply(network, plan)
+    try:
+        _fill(loaded, header, tensors)
+    except (UserError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not fit this {type(loaded).__name__}: {reason[:300]}") from error
+    loaded.requires_grad_(False).eval()
+    if bits is not None or assignment is not None:
+        switch(loaded, assignment if bits is None else bits)  # type: ignore[arg-type]
+    return loaded
+
+
+def _network(path: str | Path, header: artifact.Header, model: Any) -> nn.Module:
+    args = dict((header.network or {}).get("args") or {})
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model)
+    if isinstance(model, str):
+        return build(model, args)
+    if model is not None:
+        return model(**args)
+    if header.network is None:
+        raise UserError(f"{path} does not name its network: give it with model= (--model on the command line)")
+    if not is_trusted(header.network["name"]):
+        raise UserError(
+            f"{path} names the network {header.network['name']!r}, and no code is imported on the word of a file: "
+            f"if you trust it, give model={header.network['name']!r} (--model on the command line)"
+        )
+    return build(header.network["name"], args)
+
+
+def _entry(name: str, layer: QuantizedLayer, plan: Plan) -> artifact.LayerEntry:
+    return artifact.LayerEntry(
+        name=name,
+        shape=tuple((layer.weight if layer.codes is None else layer.codes).shape),  # type: ignore[union-attr]
+        bits=layer.weight_quantizer.high,
+        input=layer.input_quantizer.kind,
+        squared_error=layer.squared_errors(),
+    )
+
+
+@torch.no_grad()
+def _tensors(model: nn.Module) -> dict[str, np.ndarray]:
+    found: dict[str, Tensor] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            inside += [f"{name}.weight", f"{name}.codes", f"{name}.weight_quantizer.", f"{name}.input_quantizer."]
+            found |= {f"{name}.{key}": tensor for key, tensor in _layer_tensors(module).items()}
+        elif isinstance(module, SwitchableBatchNorm):
+            inside.append(f"{name}.by_width.")
+            states = [norm.state_dict() for norm in module.by_width.values()]
+            found |= {f"{name}.{key}": torch.stack([state[key] for state in states]) for key in states[0]}
+    skip = tuple(inside)
+    found |= {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(skip)}
+    return {name: _storable(name, tensor) for name, tensor in found.items()}
+
+
+def _layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
+    quantizer = layer.input_quantizer
+    tensors = {
+        "codes": layer.stored_codes(),
+        "weight_scale": layer.weight_quantizer.scale(),
+        "input_scale": torch.stack([quantizer.scale(width) for width in layer.widths]),
+    }
+    if quantizer.kind == "zero_point":
+        tensors["input_offset"] = torch.stack([quantizer.offset[str(width)] for width in layer.widths])
+    return tensors
+
+
+def _storable(name: str, tensor: Tensor) -> np.ndarray:
+    """A NumPy array of int8 (codes), int32 or float32."""
+    if name.endswith(".codes"):
+        return tensor.cpu().numpy()
+    if tensor.is_floating_point():
+        if tensor.dtype == torch.float64:
+            raise UserError(f"{name!r} is float64 and the artifact holds float32: train or convert with model.float()")
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{name!r} holds values that are not finite: the training diverged")
+        return tensor.float().cpu().numpy()
+    if tensor.is_complex() or tensor.numel() and (int(tensor.min()) < -(2**31) or int(tensor.max()) >= 2**31):
+        raise UserError(f"{name!r} ({tensor.dtype}) does not fit the artifact's float32 or int32")
+    return tensor.to(torch.int32).cpu().numpy()
+
+
+def _fill(model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.ndarray]) -> None:
+    """Put an artifact's tensors into the structure made for them; every tensor must find its place and every place one."""
+    rest = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    errors = {layer.name: layer.squared_error for layer in header.layers}
+    state: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            if module.weight is None or module.weight.shape != rest[f"{name}.codes"].shape:
+                raise UserError(f"the weight of {name!r} has another shape")
+            module.store(rest[f"{name}.codes"], errors[name])
+            state |= _layer_state(name, module, rest)
+        elif isinstance(module, SwitchableBatchNorm):
+            for i, (width, norm) in enumerate(module.by_width.items()):
+                for key in norm.state_dict():
+                    state[f"{name}.by_width.{width}.{key}"] = rest[f"{name}.{key}"][i]
+            for key in norm.state_dict():
+                del rest[f"{name}.{key}"]
+    model.load_state_dict(state | rest)
+
+
+def _layer_state(name: str, layer: QuantizedLayer, rest: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {
+        f"{name}.codes": rest.pop(f"{name}.codes"),
+        f"{name}.weight_quantizer.scale_parameter": rest.pop(f"{name}.weight_scale"),
+    }
+    scales = rest.pop(f"{name}.input_scale")
+    offsets = rest.pop(f"{name}.input_offset") if layer.input_quantizer.kind == "zero_point" else None
+    for i, width in enumerate(layer.widths):
+        state[f"{name}.input_quantizer.scale_parameter.{width}"] = scales[i]
+        if offsets is not None:
+            state[f"{name}.input_quantizer.offset.{width}"] = offsets[i]
+    return state

@@ -1,0 +1,6 @@
+"""Networks: the CIFAR ResNets, and any other by name."""
+
+from bitswitch.models.cifar_resnet import CifarResNet, cifar_resnet
+from bitswitch.models.registry import build, is_trusted
+
+__all__ = ["CifarResNet", "build", "cifar_resnet", "is_trusted"]

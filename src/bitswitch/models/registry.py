@@ -1,0 +1,56 @@
+"""Networks by name."""
+
+import importlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torchvision
+from torch import nn
+
+from bitswitch.errors import UserError, nearest
+from bitswitch.models.cifar_resnet import cifar_resnet
+
+_CIFAR = re.compile(r"cifar_resnet(8|20|32|44|56|110)")
+_OWN = [f"cifar_resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)]
+
+
+def is_trusted(name: str) -> bool:
+    """Whether building the network runs no code but this package's and torchvision's."""
+    return ":" not in name
+
+
+def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
+    """A float network by name.
+
+    Args:
+        name: "cifar_resnet20" (8, 20, 32, 44, 56, 110), a torchvision model's name, or "package.module:function", which is
+            imported and called.
+        args: keyword arguments for it.
+
+    Raises:
+        UserError: there is no such network, or it does not take these arguments.
+    """
+    args = dict(args or {})
+    try:
+        if match := _CIFAR.fullmatch(name):
+            return cifar_resnet(int(match[1]), **args)
+        if ":" in name:
+            return _imported(name)(**args)
+        if name in torchvision.models.list_models():
+            return torchvision.models.get_model(name, **args)
+    except TypeError as error:
+        raise UserError(f"network {name!r} does not take the arguments {args}: {error}") from error
+    hint = nearest(name, _OWN + torchvision.models.list_models())
+    raise UserError(f"no network is named {name!r}{hint}; your own is named package.module:function")
+
+
+def _imported(name: str) -> Any:
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"network {name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise UserError(f"network {name!r} is a {type(found).__name__}, not a function that returns a network")
+    return found

@@ -1,0 +1,25 @@
+"""State and dispatch: quantized layers, a batch normalization per width, `quantize`, `switch`."""
+
+from bitswitch.nn.layers import QuantizedLayer
+from bitswitch.nn.norm import SwitchableBatchNorm
+from bitswitch.nn.plan import Plan, apply, freeze, plan_of
+from bitswitch.nn.quantize import quantize
+from bitswitch.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from bitswitch.nn.switch import assignment, quantized_layers, switch, switched, widths
+
+__all__ = [
+    "ActivationQuantizer",
+    "Plan",
+    "QuantizedLayer",
+    "SwitchableBatchNorm",
+    "WeightQuantizer",
+    "apply",
+    "assignment",
+    "freeze",
+    "plan_of",
+    "quantize",
+    "quantized_layers",
+    "switch",
+    "switched",
+    "widths",
+]

@@ -1,0 +1,200 @@
+"""Layers whose weights and inputs are quantized at the width in use."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitswitch.codes import narrow
+from bitswitch.nn.quantizers import ActivationQuantizer, WeightQuantizer
+
+Self = TypeVar("Self", bound="QuantizedLayer")
+
+
+class QuantizedLayer(nn.Module):
+    """What all quantized layers share: a width in use, a quantizer for the weight, one for the input.
+
+    In training, `weight` is a float parameter and `codes` is None. After `freeze`, and in a model loaded from an
+    artifact, `weight` is None and `codes` holds the stored integers, int8, in the shape of the weight.
+    """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    codes: Tensor | None
+    width: int
+    _errors: Mapping[int, float]
+
+    @classmethod
+    def from_float(cls: type[Self], layer: nn.Module, weights: WeightQuantizer, inputs: ActivationQuantizer) -> Self:
+        """Take over a float layer's parameters, options and hooks. The float layer must not be used afterwards."""
+        self = cls.__new__(cls)
+        self.__dict__.update(layer.__dict__)
+        self.weight_quantizer = weights
+        self.input_quantizer = inputs
+        self.register_buffer("codes", None)
+        self.width = weights.high
+        return self
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that this layer can have, highest first."""
+        return self.weight_quantizer.widths
+
+    def weight_at(self, width: int) -> Tensor:
+        """The weight as it is at `width` bits: float, the shape of the weight."""
+        if self.codes is None:
+            return self.weight_quantizer(self.weight, width)
+        high = self.weight_quantizer.high
+        return narrow(self.codes, high, width) * (self.weight_quantizer.scale() * 2 ** (high - width))
+
+    @torch.no_grad()
+    def stored_codes(self) -> Tensor:
+        """The codes of the highest width: int8, the shape of the weight."""
+        return self.weight_quantizer.codes(self.weight) if self.codes is None else self.codes
+
+    @torch.no_grad()
+    def squared_errors(self) -> Mapping[int, float]:
+        """{width: ||W_l(width) - W_l||^2}, from the float weight, or as it was when that was dropped."""
+        if self.weight is None:
+            return self._errors
+        weight = self.weight.double()
+        return {width: float((self.weight_at(width).double() - weight).square().sum()) for width in self.widths}
+
+    def store(self, codes: Tensor, squared_errors: Mapping[int, float]) -> None:
+        """Hold these codes, and drop the float weight."""
+        self.codes, self._errors = codes, dict(squared_errors)
+        self.weight = None
+
+    def freeze(self) -> None:
+        """Hold the codes of the highest width, and drop the float weight."""
+        if self.codes is None:
+            self.store(self.stored_codes(), self.squared_errors())
+
+    def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, nn.Parameter | None]:
+        return self.input_quantizer(x, self.width), self.weight_at(self.width), self.bias
+
+
+class Conv1d(QuantizedLayer, nn.Conv1d):
+    """A quantized nn.Conv1d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, L] -> [N, C', L'], float."""
+        return self._conv_forward(*self._quantized(x))
+
+
+class Conv2d(QuantizedLayer, nn.Conv2d):
+    """A quantized nn.Conv2d."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C', H', W'], float."""
+        return self._conv_forward(*self._quantized(x))
+
+
+class Linear(QuantizedLayer, nn.Linear):
+    """A quantized nn.Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], float."""
+        return F.linear(*self._quantized(x))
+
+
+class MultiheadAttention(nn.Module):
+    """An equal of nn.MultiheadAttention whose projections are layers that are called, so that they can be quantized.
+
+    nn.MultiheadAttention hands its weights to one function and calls no layer. Not covered, and refused by `supports`:
+    kdim or vdim that differ from embed_dim, add_bias_kv, add_zero_attn.
+    """
+
+    # What torch's encoder layers look at before they take a fused path that would read float weights and pass us by.
+    _qkv_same_embed_dim = False
+    in_proj_bias = None
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.embed_dim = attention.embed_dim
+        self.num_heads = attention.num_heads
+        self.head_dim = attention.head_dim
+        self.dropout = attention.dropout
+        self.batch_first = attention.batch_first
+        self.in_proj = _linear(attention.in_proj_weight, attention.in_proj_bias)
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.train(attention.training)
+
+    @staticmethod
+    def supports(attention: nn.MultiheadAttention) -> bool:
+        """Whether this class can stand in for `attention`."""
+        return attention.in_proj_weight is not None and attention.bias_k is None and not attention.add_zero_attn
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As nn.MultiheadAttention.forward: the output and, where asked for, the attention weights."""
+        batched = query.dim() == 3
+        q, k, v = (self._split(x, batched) for x in self._project(query, key, value))
+        mask = self._mask(q, k, key_padding_mask, attn_mask)
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal=True needs attn_mask, as in nn.MultiheadAttention")
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            mixed = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        mixed = self.out_proj(mixed if self.batch_first else mixed.transpose(0, 1))
+        if batched:
+            return mixed, weights
+        return mixed.squeeze(0 if self.batch_first else 1), None if weights is None else weights.squeeze(0)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if query is key and key is value:
+            return self.in_proj(query).chunk(3, -1)
+        # Three whole products where three thirds would do: cross-attention pays for passing through one layer.
+        return tuple(self.in_proj(x).chunk(3, -1)[i] for i, x in enumerate((query, key, value)))
+
+    def _split(self, x: Tensor, batched: bool) -> Tensor:
+        """To [batch, heads, length, head_dim]."""
+        if not batched:
+            x = x.unsqueeze(0)
+        elif not self.batch_first:
+            x = x.transpose(0, 1)
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _mask(self, q: Tensor, k: Tensor, padding: Tensor | None, attention: Tensor | None) -> Tensor | None:
+        """One additive mask that broadcasts to [batch, heads, target, source], or None."""
+        mask = None
+        if attention is not None:
+            mask = _additive(attention, q.dtype)
+            mask = mask.unflatten(0, (q.shape[0], self.num_heads)) if mask.dim() == 3 else mask
+        if padding is not None:
+            padding = _additive(padding, q.dtype).reshape(q.shape[0], 1, 1, k.shape[2])
+            mask = padding if mask is None else mask + padding
+        return mask
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
+
+
+def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    return layer
+
+
+QUANTIZED: dict[type[nn.Module], Any] = {nn.Conv1d: Conv1d, nn.Conv2d: Conv2d, nn.Linear: Linear}

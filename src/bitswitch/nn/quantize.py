@@ -1,0 +1,184 @@
+"""`quantize`: any float network to one that can be switched."""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitswitch.codes import check_widths
+from bitswitch.errors import UserError, nearest
+from bitswitch.nn.layers import QUANTIZED, QuantizedLayer
+from bitswitch.nn.plan import Plan, apply, replace_attention
+from bitswitch.nn.quantizers import InputKind, ScaleForm, input_range
+from bitswitch.nn.trace import Trace, trace
+from bitswitch.numerics import start_activation_scales, start_weight_scale
+
+# Modules with a matrix of weights that are not swapped, and that a user would want to hear of.
+_NOT_SWAPPED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase) + (
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    example_inputs: Tensor | tuple[Any, ...],
+    bits: Sequence[int] = (8, 6, 4, 2),
+    keep: Sequence[str] = (),
+    keep_first_last: bool = True,
+    per_channel: bool = False,
+    scale_form: ScaleForm = "log",
+    lsq_factor: bool = True,
+) -> nn.Module:
+    """A copy of `model` whose layers can be switched between bit-widths. The original is untouched.
+
+    Every nn.Conv1d, nn.Conv2d and nn.Linear gets quantizers for its weight and its input, nn.MultiheadAttention becomes
+    an equal made of linear layers, and every batch normalization becomes one per width. Scales start from the weights
+    and from one forward of `example_inputs` in eval mode. The copy stands at the highest width.
+
+    Args:
+        model: a float network, any module tree; trained, if it is to be of use.
+        example_inputs: what the network is called with, a tensor or a tuple of arguments: real data, a batch or more,
+            since activation scales and their kinds (unsigned, signed, with zero-point) are chosen from it.
+        bits: bit-widths from 2 to 8, highest first.
+        keep: layers that stay float, as names or patterns ("blocks.*.fc1"), on top of the first and the last.
+        keep_first_last: keep the first and the last layer that run float, as the paper does.
+        per_channel: one weight scale per output channel instead of one per tensor.
+        scale_form: learn the logarithm of each scale ("log"), or the scale itself ("raw").
+        lsq_factor: multiply scale gradients by 1 / sqrt(N Qp) (LSQ).
+
+    Returns:
+        The quantized copy, in the train or eval mode of the original.
+
+    Warns:
+        UserWarning: names what stays float although it looks quantizable, and why.
+
+    Raises:
+        UserError: bad widths, a pattern that matches nothing, weights or activations that are not finite, or no layer
+            left to quantize (a ValueError).
+    """
+    widths = check_widths(bits)
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    copied, refused = replace_attention(copy.deepcopy(model))
+    named = dict(copied.named_modules())
+    candidates = {name: m for name, m in named.items() if type(m) in QUANTIZED and _has_own_weight(m)}
+    kept = _matching(keep, named)
+    seen = trace(copied, inputs, candidates)
+    running = [name for name in seen.order if name not in seen.read_elsewhere]
+    ends = {running[0], running[-1]} if keep_first_last and running else set()
+    chosen = [name for name in running if name not in kept and name not in ends]
+    _warn_of_the_rest(named, chosen, kept | ends, seen, refused)
+    if not chosen:
+        raise UserError(
+            f"{type(model).__name__} has no layer to quantize: {len(candidates)} convolution or linear layers found, "
+            f"{len(running)} of them run, and the first and last stay float (keep_first_last=False changes that)"
+        )
+    starts = {name: _input_start(name, seen.inputs[name], widths) for name in chosen}
+    plan = Plan(
+        widths=widths,
+        layers={name: kind for name, (kind, _, _) in starts.items()},
+        norms=_followed(seen, chosen),
+        per_channel=per_channel,
+        scale_form=scale_form,
+        lsq_factor=lsq_factor,
+    )
+    quantized = apply(copied, plan)
+    modules = dict(quantized.named_modules())
+    for name, (_, scales, offsets) in starts.items():
+        _start(name, modules[name], scales, offsets)
+    return quantized
+
+
+def _has_own_weight(module: nn.Module) -> bool:
+    """False where a hook or a parametrization computes the weight: it would pass the swapped layer by."""
+    return isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def _matching(patterns: Sequence[str], named: Mapping[str, nn.Module]) -> set[str]:
+    """The modules that a name or pattern names, and all that is inside them."""
+    if isinstance(patterns, str):
+        patterns = (patterns,)
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in named if name and (name == pattern or fnmatchcase(name, pattern))}
+        if not hits:
+            raise UserError(f"keep={pattern!r} names no layer{nearest(pattern, named)}")
+        found |= {name for name in named if any(name == hit or name.startswith(f"{hit}.") for hit in hits)}
+    return found
+
+
+def _followed(seen: Trace, chosen: Sequence[str]) -> dict[str, str]:
+    """For every batch normalization, the quantized layer whose width selects.
+
+    It is the layer that ran last before it in its data flow. Where that one is float, so that its statistics hardly
+    depend on widths, the nearest quantized layer before it in time, or else the first: every width still has its own.
+    """
+    position = {name: i for i, name in enumerate(seen.order)}
+    followed = {}
+    for norm, ancestor in seen.ancestors.items():
+        at = position[ancestor] if ancestor is not None else -1
+        before = [name for name in chosen if position[name] <= at]
+        followed[norm] = before[-1] if before else chosen[0]
+    return followed
+
+
+def _input_start(name: str, x: Tensor, widths: tuple[int, ...]) -> tuple[InputKind, Tensor, Tensor | None]:
+    """The kind of quantizer that suits the data, and where its scales and offsets start."""
+    if not bool(x.isfinite().all()):
+        raise UserError(f"the input of layer {name!r} is not finite on the example inputs: check the model and the data")
+    if bool((x >= 0).all()):
+        scales, _, _ = start_activation_scales(x, [input_range("unsigned", width) for width in widths])
+        return "unsigned", scales, None
+    signed, _, signed_errors = start_activation_scales(x, [input_range("signed", width) for width in widths])
+    shifted, offsets, shifted_errors = start_activation_scales(
+        x, [input_range("zero_point", width) for width in widths], with_offset=True
+    )
+    tiny = torch.finfo(x.dtype).tiny
+    gain = (signed_errors.clamp_min(tiny).log() - shifted_errors.clamp_min(tiny).log()).mean()
+    # A zero-point costs additions in an integer kernel: it must pay, here with a fifth of the error.
+    return ("zero_point", shifted, offsets) if float(gain) > 0.2 else ("signed", signed, None)
+
+
+def _start(name: str, layer: QuantizedLayer, scales: Tensor, offsets: Tensor | None) -> None:
+    weight = layer.weight
+    assert weight is not None
+    if not bool(weight.isfinite().all()):
+        raise UserError(f"the weight of layer {name!r} is not finite: check the model that you quantize")
+    per_channel = layer.weight_quantizer.scale_parameter.dim() > 0
+    layer.weight_quantizer.set_scale(start_weight_scale(weight, layer.widths, per_channel=per_channel))
+    for i, width in enumerate(layer.widths):
+        layer.input_quantizer.set_scale(width, scales[i], None if offsets is None else offsets[i])
+
+
+def _warn_of_the_rest(
+    named: Mapping[str, nn.Module], chosen: Sequence[str], meant: set[str], seen: Trace, refused: Sequence[str]
+) -> None:
+    """One warning that names every layer that stays float without the user having asked for it."""
+    reasons: dict[str, str] = {}
+    for name in refused:
+        reasons[name] = "attention with kdim, vdim, add_bias_kv or add_zero_attn"
+    for name, module in named.items():
+        if not isinstance(module, _NOT_SWAPPED) or name in chosen or name in meant or _inside(name, refused):
+            continue
+        if name in seen.read_elsewhere:
+            reasons[name] = "its weight is read by a functional call"
+        elif type(module) in QUANTIZED and _has_own_weight(module):
+            reasons[name] = "it did not run on the example inputs"
+        else:
+            reasons[name] = f"a {type(module).__name__} cannot be swapped"
+    for name in seen.bare_products:
+        reasons.setdefault(name, "a parameter used in a product outside any layer")
+    reasons = {name: reason for name, reason in reasons.items() if not _inside(name, meant)}
+    if reasons:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        warnings.warn(f"stays float: {listed}. Name it in keep= to silence this", stacklevel=3)
+
+
+def _inside(name: str, parents: Sequence[str] | set[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)

@@ -1,0 +1,62 @@
+"""Which width is in use."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from bitswitch.assignment import Assignment
+from bitswitch.errors import UserError
+from bitswitch.nn.layers import QuantizedLayer
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The quantized layers by name, in the order of the network's definition.
+
+    Raises:
+        UserError: the model has none.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    if not layers:
+        raise UserError(f"{type(model).__name__} has no quantized layer: make one with bitswitch.quantize(model, ...)")
+    return layers
+
+
+def assignment(model: nn.Module) -> Assignment:
+    """The width that every quantized layer has now."""
+    return Assignment(tuple((name, layer.width) for name, layer in quantized_layers(model).items()))
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    """The width that every quantized layer has now, {layer name: bits}."""
+    return assignment(model).to_json()
+
+
+def switch(model: nn.Module, wanted: int | Mapping[str, int]) -> None:
+    """Set the width of every layer (an integer) or of some layers ({name: bits}). Nothing changes if anything is wrong.
+
+    A batch normalization follows the layer before it. A backward that runs later uses the widths of its own forward.
+
+    Raises:
+        UserError: no layer has that name, or a layer does not have that width (a ValueError).
+    """
+    layers = quantized_layers(model)
+    chosen = Assignment.of(
+        wanted,
+        layers={name: layer.width for name, layer in layers.items()},
+        widths={name: layer.widths for name, layer in layers.items()},
+    )
+    for name, width in chosen.items():
+        layers[name].width = width
+
+
+@contextmanager
+def switched(model: nn.Module, wanted: int | Mapping[str, int]) -> Iterator[nn.Module]:
+    """Switch for the length of a `with` block; then every layer has the width that it had, also after an exception."""
+    before = {layer: layer.width for layer in quantized_layers(model).values()}
+    switch(model, wanted)
+    try:
+        yield model
+    finally:
+        for layer, width in before.items():
+            layer.width = width

@@ -1,0 +1,129 @@
+"""One example forward, watched: which layers run, in which order, on what data, and what flows where."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from bitswitch.nn.norm import BATCH_NORMS
+from bitswitch.numerics.scales import sample
+
+_PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+
+
+@dataclass
+class Trace:
+    """What was seen.
+
+    Attributes:
+        order: the watched layers that ran, by name, in the order of their first call.
+        inputs: for each, a sample of its inputs, float32 or wider, one dimension.
+        ancestors: for each batch normalization that ran, the watched layer that ran last before it in its data flow, or
+            None where there is none.
+        read_elsewhere: the watched layers whose weight something else read than their own forward.
+        bare_products: parameters that a product read although they belong to no watched layer, by name.
+    """
+
+    order: list[str] = field(default_factory=list)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    ancestors: dict[str, str | None] = field(default_factory=dict)
+    read_elsewhere: set[str] = field(default_factory=set)
+    bare_products: set[str] = field(default_factory=set)
+
+
+class _Flow(TorchFunctionMode):
+    """Carries through every operation which watched layer ran last among the ancestors of a tensor."""
+
+    def __init__(self, trace: Trace, weights: Mapping[int, set[str]], parameters: Mapping[int, str]) -> None:
+        super().__init__()
+        self.trace = trace
+        self.weights = weights
+        self.parameters = parameters
+        self.last = WeakTensorKeyDictionary()
+        self.inside: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if returned:
+            self._note_readers(func, given)
+            self.mark(returned, max((self.last[t] for t in given if t in self.last), default=-1))
+        return result
+
+    def _note_readers(self, func: Any, given: list[Tensor]) -> None:
+        for tensor in given:
+            owners = self.weights.get(id(tensor), set())
+            if owners and owners.isdisjoint(self.inside):
+                self.trace.read_elsewhere |= owners
+            elif not owners and func in _PRODUCTS and tensor.dim() > 1 and id(tensor) in self.parameters:
+                self.trace.bare_products.add(self.parameters[id(tensor)])
+
+    def mark(self, tensors: list[Tensor], position: int) -> None:
+        if position >= 0:
+            for tensor in tensors:
+                self.last[tensor] = position
+
+    def ancestor(self, tensor: Tensor) -> str | None:
+        return self.trace.order[self.last[tensor]] if tensor in self.last else None
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; every module's own mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def trace(model: nn.Module, example_inputs: tuple[Any, ...], watched: Mapping[str, nn.Module]) -> Trace:
+    """Run `model(*example_inputs)` once in eval mode and record what the watched layers do.
+
+    Args:
+        model: a float network.
+        example_inputs: what it is called with.
+        watched: layers by name; each has a parameter `weight`.
+    """
+    seen = Trace()
+    weights: dict[int, set[str]] = {}
+    for name, layer in watched.items():
+        weights.setdefault(id(layer.weight), set()).add(name)
+    others = {id(p): name for name, p in model.named_parameters() if id(p) not in weights}
+    flow = _Flow(seen, weights, others)
+
+    def before(name: str, args: tuple[Any, ...]) -> None:
+        if name not in seen.order:
+            seen.order.append(name)
+        flow.inside.append(name)
+        kept = sample(args[0])[0]
+        seen.inputs[name] = torch.cat([seen.inputs[name], kept]) if name in seen.inputs else kept
+
+    def after(name: str, output: Tensor) -> None:
+        flow.inside.pop()
+        flow.mark([output], seen.order.index(name))
+
+    with ExitStack() as stack:
+        for name, layer in watched.items():
+            stack.callback(layer.register_forward_pre_hook(lambda _m, a, name=name: before(name, a)).remove)
+            stack.callback(layer.register_forward_hook(lambda _m, _a, out, name=name: after(name, out)).remove)
+        for name, module in model.named_modules():
+            if isinstance(module, BATCH_NORMS):
+                hook = lambda _m, a, name=name: seen.ancestors.setdefault(name, flow.ancestor(a[0]))  # noqa: E731
+                stack.callback(module.register_forward_pre_hook(lambda m, a, h=hook: (h(m, a), None)[1]).remove)
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(flow)
+        model(*example_inputs)
+    return seen

@@ -1,0 +1,144 @@
+"""Fake quantization with gradients: double rounding for weights, the learned step for activations.
+
+Equations: arXiv 2502.01199 section 3 (double rounding), arXiv 1902.08153 (LSQ, the gradient of a scale). Weights round
+half up, as `codes.narrow` does; activations round half to even, as ONNX's QuantizeLinear does. Both recompute in backward
+what they need from their own input, which autograd keeps anyway, instead of saving float copies.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitswitch.codes import narrow, signed_range
+
+
+def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`q_h = clip(floor(W / s_h + 1/2), -2^(h-1), 2^(h-1) - 1)`: the integers that are stored.
+
+    Args:
+        weight: float weights, any shape.
+        scale: positive, a scalar or a shape that broadcasts against `weight` (one scale per output channel).
+        bits: the highest width, h.
+
+    Returns:
+        int8 codes of the shape of `weight`. The code of a NaN is not defined.
+    """
+    low, high = signed_range(bits)
+    return torch.floor(weight / scale + 0.5).clamp_(low, high).to(torch.int8)
+
+
+def _lsq_factor(elements: int, shared_by: int, greatest: int, enabled: bool) -> float:
+    """`1 / sqrt(N Qp)`, N the number of elements that share one scale; 1 where it is switched off."""
+    return (elements / shared_by * greatest) ** -0.5 if enabled and elements else 1.0
+
+
+class _DoubleRound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, high: int, low: int, lsq_factor: bool) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.high, ctx.low, ctx.lsq_factor = high, low, lsq_factor
+        codes = narrow(weight_codes(weight, scale, high), high, low)
+        # An integer cannot carry a NaN on to the loss; adding 0 * W does, and changes no finite result.
+        return (codes * (scale * 2 ** (high - low))).add_(weight * 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        (gradient,) = gradients
+        weight, scale = ctx.saved_tensors
+        ratio = 2 ** (ctx.high - ctx.low)
+        least, greatest = signed_range(ctx.low)
+        v = weight / (scale * ratio)
+        inside = (v >= least) & (v <= greatest)
+        grad_weight = gradient * inside if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            q = narrow(weight_codes(weight, scale, ctx.high), ctx.high, ctx.low)
+            per_element = gradient * torch.where(inside, q - v, v.clamp(least, greatest))
+            factor = _lsq_factor(weight.numel(), scale.numel(), greatest, ctx.lsq_factor)
+            grad_scale = per_element.sum_to_size(scale.shape) * (ratio * factor)
+        return grad_weight, grad_scale, None, None, None
+
+
+def double_round(weight: Tensor, scale: Tensor, *, high: int, low: int, lsq_factor: bool = True) -> Tensor:
+    """Weights at `low` bits, from the codes of `high` bits: `W_l = narrow(q_h) * s_h * 2^(h-l)`.
+
+    Gradients: to the weights, straight through where `v = W / (s_h 2^(h-l))` lies within the range of `low` bits, else 0;
+    to the scale, per element `round(v) - v` within the range and the bound outside, times `2^(h-l)` (the chain rule from
+    `s_l` to `s_h`) and times the LSQ factor.
+
+    Args:
+        weight: float weights, any shape.
+        scale: `s_h`, positive, same dtype, a scalar or a shape that broadcasts against `weight`.
+        high: the width of the stored codes, h.
+        low: the width wanted, l.
+        lsq_factor: multiply the scale's gradient by `1 / sqrt(N Qp)`, N the elements that share a scale, Qp = 2^(l-1) - 1.
+
+    Returns:
+        Float weights of the same shape and dtype, each a whole multiple of `s_h 2^(h-l)`. NaN where the weight is NaN.
+    """
+    return _DoubleRound.apply(weight, scale, high, low, lsq_factor)
+
+
+def zero_point(offset: Tensor, scale: Tensor, greatest: int) -> Tensor:
+    """The integer zero-point `clip(round(-z / s), 0, greatest)`, as a float tensor that holds a whole number."""
+    return torch.round(-offset / scale).clamp(0, greatest)
+
+
+class _LearnedStep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, bounds: tuple[int, int], lsq: bool) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        ctx.save_for_backward(x, scale, offset)
+        ctx.bounds, ctx.lsq_factor = bounds, lsq
+        least, greatest = bounds
+        step = scale.to(wide)
+        v = x.to(wide).div(step).round_()
+        if offset is None:
+            return v.clamp_(least, greatest).mul_(step).to(x.dtype)
+        shift = zero_point(offset.to(wide), step, greatest)
+        return v.add_(shift).clamp_(least, greatest).sub_(shift).mul_(step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (gradient,) = gradients
+        x, scale, offset = ctx.saved_tensors
+        wide = torch.promote_types(x.dtype, torch.float32)
+        least, greatest = ctx.bounds
+        step = scale.to(wide)
+        v = x.to(wide).div(step)
+        if offset is not None:
+            v = v.add_(zero_point(offset.to(wide), step, greatest))
+        inside = (v >= least) & (v <= greatest)
+        grad_x = gradient * inside if ctx.needs_input_grad[0] else None
+        grad_scale = grad_offset = None
+        if ctx.needs_input_grad[1]:
+            # Within the range the clamp does nothing after the rounding; outside, rounding a bound does nothing.
+            rounded = v.round().clamp_(least, greatest)
+            per_element = torch.where(inside, rounded - v, rounded).mul_(gradient)
+            factor = _lsq_factor(x.numel(), scale.numel(), greatest, ctx.lsq_factor)
+            grad_scale = per_element.sum_to_size(scale.shape).mul_(factor).to(scale.dtype)
+        if offset is not None and ctx.needs_input_grad[2]:
+            grad_offset = (gradient * ~inside).to(wide).sum_to_size(offset.shape).to(offset.dtype)
+        return grad_x, grad_scale, grad_offset, None, None
+
+
+def learned_step(
+    x: Tensor, scale: Tensor, *, bounds: tuple[int, int], offset: Tensor | None = None, lsq_factor: bool = True
+) -> Tensor:
+    """Activations at one width: `(clip(round(x / s) + zp, least, greatest) - zp) * s`, ties to even, `zp` an integer.
+
+    Gradients: to `x`, straight through within the range, else 0; to the scale, per element `round(v) - v` within the
+    range and the bound outside (`v = x / s + zp`), times the LSQ factor; to the offset, 0 within the range and 1 outside.
+
+    Args:
+        x: float activations, any shape; bfloat16 and float16 are computed in float32.
+        scale: positive scalar tensor, float32 (float64 for a float64 network).
+        bounds: the least and the greatest code.
+        offset: z, a scalar tensor; the zero-point is `clip(round(-z / s), 0, greatest)`. None: no zero-point.
+        lsq_factor: multiply the scale's gradient by `1 / sqrt(N Qp)`, N the elements of `x`, Qp the greatest code.
+
+    Returns:
+        Activations of the shape and dtype of `x`. NaN stays NaN.
+    """
+    return _LearnedStep.apply(x, scale, offset, bounds, lsq_factor)

@@ -1,0 +1,129 @@
+"""Where scales start, and what keeps them positive."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitswitch.codes import narrow, signed_range
+from bitswitch.numerics.fake_quantize import weight_codes
+
+# A power of two far from every scale that a network uses, whose product with 2^6 is still an ordinary float32.
+LEAST_SCALE = 2.0**-30
+GREATEST_SCALE = 2.0**30
+
+_SAMPLE = 1 << 16
+_STEPS_PER_OCTAVE = 12
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, least: float, greatest: float) -> Tensor:
+        return torch.where(value >= least, value, least).clamp(max=greatest)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
+
+
+def bounded(value: Tensor, least: float, greatest: float) -> Tensor:
+    """`value` kept within [least, greatest]; a NaN becomes `least`. The gradient passes straight through.
+
+    Straight through, because a plain clamp would hold a value that an optimizer has thrown past a bound there for ever.
+    """
+    return _Bounded.apply(value, least, greatest)
+
+
+def sample(x: Tensor, rows: int = 1) -> Tensor:
+    """At most 65,536 elements of every row of `x.reshape(rows, -1)`, evenly spaced: [rows, n], float32 or wider."""
+    x = x.detach().reshape(rows, -1)
+    stride = -(-x.shape[1] // max(_SAMPLE // rows, 256))
+    return x[:, :: max(stride, 1)].to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _grid(greatest: Tensor, octaves_down: int, octaves_up: int) -> Tensor:
+    """[n, rows, 1] candidates, from `octaves_down` below `greatest` ([rows, 1]) to `octaves_up` above."""
+    steps = (octaves_down + octaves_up) * _STEPS_PER_OCTAVE + 1
+    return greatest * torch.logspace(
+        -octaves_down, octaves_up, steps, base=2, dtype=greatest.dtype, device=greatest.device
+    ).view(-1, 1, 1)
+
+
+def _relative_to_least(errors: Tensor) -> Tensor:
+    """Errors along the first axis (the candidates), divided by the least of them."""
+    return errors / errors.amin(0).clamp_min(torch.finfo(errors.dtype).tiny)
+
+
+def start_weight_scale(weight: Tensor, widths: Sequence[int], *, per_channel: bool = False) -> Tensor:
+    """The shared scale `s_h` that serves all candidate widths best.
+
+    Of a fine geometric grid, the scale with the least `sum over l of E_l(s) / min_s E_l(s)`, where
+    `E_l(s) = ||W_l(s) - W||^2`. Undivided, the narrowest width would decide alone.
+
+    Args:
+        weight: float weights, [out, ...].
+        widths: candidate widths, highest first.
+        per_channel: one scale for each index of the first axis.
+
+    Returns:
+        A scalar tensor, or [out, 1, ...] per channel; 2^(1-h) where all weights are 0.
+    """
+    high = widths[0]
+    rows = weight.shape[0] if per_channel else 1
+    x = sample(weight, rows)
+    peak = x.abs().amax(1, keepdim=True)
+    candidates = _grid(torch.where(peak > 0, peak, 1.0) * 2.0 ** (1 - high), 5, 2)
+    scores = torch.stack([_weight_errors(x, candidates, high, width) for width in widths], 1)
+    best = _relative_to_least(scores).sum(1).argmin(0)
+    scale = candidates[best, torch.arange(rows, device=x.device), 0]
+    scale = torch.where(peak[:, 0] > 0, scale, 2.0 ** (1 - high)).clamp(LEAST_SCALE, GREATEST_SCALE).to(weight.dtype)
+    return scale.view(-1, *[1] * (weight.dim() - 1)) if per_channel else scale.view(())
+
+
+def _weight_errors(x: Tensor, candidates: Tensor, high: int, low: int) -> Tensor:
+    """||W_l(s) - W||^2 for every candidate and row: [candidates, rows]."""
+    return torch.stack(
+        [
+            (narrow(weight_codes(x, s, high), high, low) * (s * 2 ** (high - low)) - x).square_().sum(1)
+            for s in candidates
+        ]
+    )
+
+
+def start_activation_scales(
+    x: Tensor, ranges: Sequence[tuple[int, int]], *, with_offset: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """For every range of codes, the scale of least squared error on observed activations.
+
+    Args:
+        x: observed activations, any shape; more than 65,536 are sampled evenly.
+        ranges: (least, greatest) code, one for every width.
+        with_offset: search a scale with a zero-point that keeps the lower end of the data at code 0.
+
+    Returns:
+        (scales [widths], offsets [widths] or None, relative errors [widths]: squared error / squared signal).
+    """
+    x = sample(x)
+    low_end, high_end = (x.amin(), x.amax()) if with_offset else (None, None)
+    scales, offsets, errors = [], [], []
+    for least, greatest in ranges:
+        if low_end is not None and high_end is not None:
+            peak = (high_end.clamp_min(0) - low_end.clamp_max(0)) / greatest
+        else:
+            peak = (x.amax() / greatest).maximum(x.amin() / least if least else x.amin() * 0)
+        alive = peak > 0
+        candidates = _grid(torch.where(alive, peak, 1.0).view(1, 1), 6, 1)
+        shift = torch.zeros_like(candidates) if low_end is None else torch.round(-low_end.clamp_max(0) / candidates)
+        shift = shift.clamp(0, greatest)
+        codes_error = torch.stack(
+            [
+                (((x / s).round_() + zp).clamp_(least, greatest).sub_(zp).mul_(s) - x).square_().sum()
+                for s, zp in zip(candidates, shift, strict=True)
+            ]
+        )
+        best = codes_error.argmin()
+        scales.append(torch.where(alive, candidates[best, 0, 0], 1.0 / greatest).clamp(LEAST_SCALE, GREATEST_SCALE))
+        offsets.append(-shift[best, 0, 0] * candidates[best, 0, 0])
+        errors.append(codes_error[best] / x.square().sum().clamp_min(torch.finfo(x.dtype).tiny))
+    return torch.stack(scales), torch.stack(offsets) if with_offset else None, torch.stack(errors)

@@ -1,0 +1,121 @@
+"""A run directory: which stages are done, with which configuration and inputs, and the metrics so far."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitswitch import files
+from bitswitch.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of a run, by the names that design and users know."""
+
+    path: Path
+
+    @property
+    def artifact(self) -> Path:
+        """The multi-precision artifact."""
+        return self.path / "model.safetensors"
+
+    def checkpoint(self, stage: str) -> Path:
+        """The checkpoint of a stage."""
+        return self.path / "checkpoints" / f"{stage}.pt"
+
+    @property
+    def _stages(self) -> Path:
+        return self.path / "stages.json"
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process alone; temporary files of killed processes are removed.
+
+        Raises:
+            UserError: another process holds it, or it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"cannot use the run directory {self.path}: {error.strerror}; name another with --out") from error
+        with lock:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise UserError(f"another bitswitch works in {self.path}: wait for it, or use another --out") from error
+            for left in self.path.rglob(f".*{files.TEMPORARY_SUFFIX}"):
+                left.unlink(missing_ok=True)
+            yield
+
+    def records(self) -> dict[str, Any]:
+        """{stage: {"done", "config", "inputs", "outputs", "result"}}.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        try:
+            return json.loads(self._stages.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self._stages} is damaged ({error}): start over with --fresh or another --out") from error
+
+    def write_records(self, records: Mapping[str, Any]) -> None:
+        """Replace all records."""
+        files.write_json(self._stages, records)
+
+    def record(self, stage: str, value: Mapping[str, Any]) -> None:
+        """Set one stage's record."""
+        self.write_records(self.records() | {stage: dict(value)})
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows; a last line that a killed process left unfinished is passed over."""
+        rows = []
+        if self._metrics.exists():
+            for line in self._metrics.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(line))
+        return rows
+
+    def rewind_metrics(self, stage: str, epochs_done: int) -> None:
+        """Drop the rows of `stage` that a resumed run will write again."""
+        rows = [r for r in self.metrics() if r["stage"] != stage or r["epoch"] is not None and r["epoch"] < epochs_done]
+        files.write(self._metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def add_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        try:
+            with self._metrics.open("a", encoding="utf-8") as stream:
+                stream.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:
+            raise UserError(f"cannot write {self._metrics}: {error.strerror}; what was there before is as it was") from error
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two nested mappings, one phrase each: "train.epochs was 5, is 6"."""
+    found = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {json.dumps(old)}, is {json.dumps(new)}")
+    return found

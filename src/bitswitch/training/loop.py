@@ -1,0 +1,125 @@
+"""The loop that float, joint and SuperNet training share."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bitswitch.errors import UserError
+from bitswitch.training.checkpoints import load_checkpoint, save_checkpoint
+from bitswitch.training.objectives import Objective
+
+# How many steps may pass before a loss that is not finite is noticed: each look waits for the device.
+_LOOK_EVERY = 50
+
+
+class Batches(Protocol):
+    """Training data: a stream for every epoch that depends on nothing but the seed and the epoch."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels) of an epoch, on the device."""
+
+
+def cosine(step: int, steps: int) -> float:
+    """The cosine schedule's factor, from 1 at step 0 towards 0 at `steps`.
+
+    >>> cosine(0, 10), round(cosine(5, 10), 6)
+    (1.0, 0.5)
+    """
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """Trains to the last epoch, from where its checkpoint stands.
+
+    Attributes:
+        objective: the network, its optimizers and their step.
+        batches: training data.
+        epochs: how many in all.
+        checkpoint: where the state is kept, written after every epoch.
+        extra: plain values stored in the checkpoint beside the state.
+        on_step: called after every step.
+        on_epoch: called after every epoch, before its checkpoint is written, with the epoch and each precision's mean loss.
+        epochs_done: how many are behind it.
+    """
+
+    objective: Objective
+    batches: Batches
+    epochs: int
+    checkpoint: Path
+    extra: dict[str, Any]
+    on_step: Callable[[], None]
+    on_epoch: Callable[[int, dict[str, float]], None]
+    epochs_done: int = 0
+
+    def resume(self) -> int:
+        """Take up the checkpoint where there is one; how many epochs are done.
+
+        Raises:
+            UserError: the checkpoint cannot be read.
+        """
+        if self.checkpoint.exists():
+            state = load_checkpoint(self.checkpoint)
+            self.objective.model.load_state_dict(state["model"])
+            self.objective.load_state_dict(state["optimizers"])
+            torch.set_rng_state(state["rng"])
+            self.epochs_done = state["epochs_done"]
+        return self.epochs_done
+
+    def run(self) -> None:
+        """Train the epochs that are left.
+
+        Raises:
+            UserError: a loss is not finite (the last checkpoint stays), or a checkpoint cannot be written.
+        """
+        while self.epochs_done < self.epochs:
+            self.objective.model.train()
+            losses = self._epoch(self.epochs_done)
+            self.on_epoch(self.epochs_done, dict(zip(self.objective.names, losses, strict=True)))
+            self.epochs_done += 1
+            self._save()
+
+    def _epoch(self, epoch: int) -> list[float]:
+        steps = len(self.batches)
+        seen: list[Tensor] = []
+        total = torch.zeros(len(self.objective.names), dtype=torch.float64)
+        for step, (x, y) in enumerate(self.batches.epoch(epoch)):
+            factor = cosine(epoch * steps + step, self.epochs * steps)
+            seen.append(self.objective.step(x, y, factor))
+            self.on_step()
+            if len(seen) == _LOOK_EVERY or step == steps - 1:
+                window = torch.stack(seen).double().cpu()
+                self._check(window, epoch, step + 1 - len(seen))
+                total += window.sum(0)
+                seen = []
+        return (total / steps).tolist()
+
+    def _check(self, window: Tensor, epoch: int, first_step: int) -> None:
+        bad = (~window.isfinite()).nonzero()
+        if len(bad):
+            row, column = bad[0].tolist()
+            name = self.objective.names[column]
+            where = name if name == "float" else f"{name} bits"
+            kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no epoch was done yet"
+            raise UserError(
+                f"the loss at {where} is {window[row, column].item()} at step {first_step + row} of epoch {epoch}; "
+                f"{kept}; lower the learning rate and start with --fresh"
+            )
+
+    def _save(self) -> None:
+        state = {
+            "epochs_done": self.epochs_done,
+            "model": self.objective.model.state_dict(),
+            "optimizers": self.objective.state_dict(),
+            "rng": torch.get_rng_state(),
+            **self.extra,
+        }
+        save_checkpoint(self.checkpoint, state)

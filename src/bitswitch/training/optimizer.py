@@ -1,0 +1,151 @@
+"""Two Adams for a network of several precisions: one for the weights, one for the scales."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitswitch.errors import UserError
+from bitswitch.nn import ActivationQuantizer, WeightQuantizer, quantized_layers
+from bitswitch.training.alrs import AlrsForm, adapted_rate, paper_eta
+
+
+class MultiPrecisionOptimizer:
+    """Adam for weights and everything that is not a scale, a second Adam without weight decay for the scales, ALRS.
+
+    A parameter that took no part in a step has no gradient and is left exactly as it is: the scales, offsets and batch
+    normalizations of the widths that were not active keep their values, momentum included.
+
+    Args:
+        model: made by `bitswitch.quantize`.
+        lr: learning rate of the weights.
+        scale_lr: learning rate of the scales, lambda of ALRS; where None, `lr`. For scales learned as logarithms it is
+            the relative change of a scale in one step.
+        weight_decay: of the weights; scales have none.
+        alrs: "relative", "printed" or "off"; see `bitswitch.training.adapted_rate`.
+        eta: ALRS's factor of each width: "paper", or one number for all widths, or {width: number}.
+        clip: every element of a scale's gradient is clipped to [-clip, clip].
+
+    Attributes:
+        widths: the candidate widths, highest first: the order in which a joint step visits them.
+        factor: what a schedule multiplies every learning rate by; 1 at first.
+
+    Raises:
+        UserError: the model has no quantized layers, or eta misses a width.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 5e-4,
+        *,
+        scale_lr: float | None = None,
+        weight_decay: float = 5e-5,
+        alrs: AlrsForm = "relative",
+        eta: Literal["paper"] | float | Mapping[int, float] = 1.0,
+        clip: float = 1.0,
+    ) -> None:
+        self.widths = next(iter(quantized_layers(model).values())).widths
+        self.lr = lr
+        self.scale_lr = lr if scale_lr is None else scale_lr
+        self.alrs = alrs
+        self.clip = clip
+        self.factor = 1.0
+        self.eta = self._etas(eta)
+        groups = _scales(model)
+        scales = {id(parameter) for group in groups.values() for parameter in group}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]
+        # Fused: one kernel over all parameters, and a learning rate that may be a tensor, so that ALRS waits for nothing.
+        self._weights = torch.optim.Adam(rest, lr=lr, weight_decay=weight_decay, fused=True) if rest else None
+        self._scales = torch.optim.Adam(
+            [{"params": group, "name": name} for name, group in groups.items() if group], lr=self.scale_lr, fused=True
+        )
+
+    def _etas(self, eta: Literal["paper"] | float | Mapping[int, float]) -> dict[int, float]:
+        if eta == "paper":
+            return {width: paper_eta(self.widths[0], width) for width in self.widths}
+        if isinstance(eta, (int, float)):
+            return dict.fromkeys(self.widths, float(eta))
+        if not isinstance(eta, Mapping) or set(eta) != set(self.widths):
+            raise UserError(f"eta={eta!r}: give 'paper', one number, or one for each of {list(self.widths)}")
+        return {width: float(eta[width]) for width in self.widths}
+
+    def step(self, width: int | None = None) -> None:
+        """One step from the gradients that are there, then clear them.
+
+        Args:
+            width: the bit-width of the forward that gave the gradients; None where several widths' were summed: then each
+                width's own scales move at that width's rate, and the shared weight scales at the highest width's.
+        """
+        if width is not None and width not in self.widths:
+            raise UserError(f"width {width!r} is not one of {list(self.widths)}")
+        if self._weights is not None:
+            for group in self._weights.param_groups:
+                group["lr"] = self.lr * self.factor
+            self._weights.step()
+            self._weights.zero_grad(set_to_none=True)
+        self._step_scales(width)
+
+    def _step_scales(self, width: int | None) -> None:
+        present = {g["name"]: [p.grad for p in g["params"] if p.grad is not None] for g in self._scales.param_groups}
+        rate = self.scale_lr * self.factor
+        if width is not None:
+            active = [grad for name, grads in present.items() if not name.startswith("offset") for grad in grads]
+            one = adapted_rate(rate, self.eta[width], active, self.alrs)
+        for group in self._scales.param_groups:
+            own = self._own_width(group["name"])
+            if width is None:
+                group["lr"] = adapted_rate(rate, self.eta[own], present[group["name"]], self.alrs)
+            else:
+                group["lr"] = one
+            if group["name"].startswith("offset"):
+                # An offset is in units of the data, as a weight is, whatever form the scales are learned in.
+                group["lr"] = group["lr"] * (self.lr / self.scale_lr) if self.scale_lr else 0.0
+        self._clip(present)
+        self._scales.step()
+        self._scales.zero_grad(set_to_none=True)
+
+    def _own_width(self, name: str) -> int:
+        return self.widths[0] if name == "weights" else int(name.rpartition(" ")[2])
+
+    def _clip(self, present: Mapping[str, list[Tensor]]) -> None:
+        gradients = [gradient for group in present.values() for gradient in group]
+        if gradients:
+            torch._foreach_clamp_min_(gradients, -self.clip)
+            torch._foreach_clamp_max_(gradients, self.clip)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in (self._weights, self._scales):
+            if optimizer is not None:
+                optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, without pickled objects."""
+        return {
+            "weights": self._weights.state_dict() if self._weights is not None else None,
+            "scales": self._scales.state_dict(),
+            "factor": self.factor,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        if self._weights is not None:
+            self._weights.load_state_dict(state["weights"])
+        self._scales.load_state_dict(state["scales"])
+        self.factor = state["factor"]
+
+
+def _scales(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Scales and offsets by group: "weights", and for each width "inputs <width>" and "offset <width>"."""
+    groups: dict[str, list[nn.Parameter]] = {"weights": []}
+    for module in model.modules():
+        if isinstance(module, WeightQuantizer):
+            groups["weights"].append(module.scale_parameter)
+        elif isinstance(module, ActivationQuantizer):
+            for width, parameter in module.scale_parameter.items():
+                groups.setdefault(f"inputs {width}", []).append(parameter)
+            for width, parameter in module.offset.items():
+                groups.setdefault(f"offset {width}", []).append(parameter)
+    return {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
