@@ -329,8 +329,9 @@ def _save_artifact(run: Run, data: DataSet, model: nn.Module, scores: Mapping[st
                 raise RuntimeError(f"the saved artifact does not give the trained model's logits at {width} bits")
 
 
-def machine(device: torch.device = torch.device("cpu")) -> dict[str, Any]:
+def machine(device: torch.device | None = None) -> dict[str, Any]:
     """What a result depends on beside configuration and data."""
+    device = device or torch.device("cpu")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.machine() or "unknown")
     return {
         "bitswitch": __version__,
