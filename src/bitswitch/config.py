@@ -59,6 +59,12 @@ class TrainPart(_Part):
     keep: tuple[str, ...] = ()
     calibration_images: int = Field(512, ge=1)
 
+    @field_validator("alrs", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false.
+        return "off" if value is False else value
+
 
 class Recipe(_Part):
     """A whole run."""

@@ -1,0 +1,55 @@
+"""Markdown tables from result files.
+
+A result file is JSON: {"title", "command", "data", "split", "seeds", "commit", "machine", "columns", "rows", "note"}.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitswitch import files
+from bitswitch.errors import UserError
+
+_BEGIN = "<!-- results:begin -->"
+_END = "<!-- results:end -->"
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """One result as a Markdown table, followed by what gave it."""
+    columns = result["columns"]
+    lines = [f"**{result['title']}**", "", _line(columns), _line(["---"] * len(columns))]
+    lines += [_line(row) for row in result["rows"]]
+    machine = result["machine"]
+    source = (
+        f"`{result['command']}`, commit {(result['commit'] or 'unknown')[:12]}, data {result['data']}, "
+        f"split {result['split']}, seeds {', '.join(map(str, result['seeds']))}, {machine['device']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}."
+    )
+    lines += ["", " ".join(part for part in (result.get("note"), source) if part)]
+    return "\n".join(lines)
+
+
+def _line(cells: list[Any]) -> str:
+    return f"| {' | '.join(f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in cells)} |"
+
+
+def update(document: str | Path, results: str | Path) -> None:
+    """Put the tables of all result files of a folder between the markers of a Markdown document.
+
+    Raises:
+        UserError: a result file lacks a field, or the document lacks the markers.
+    """
+    document = Path(document)
+    tables = []
+    for path in sorted(Path(results).glob("*.json")):
+        try:
+            tables.append(render(json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is not a result file: {error!r}") from error
+    text = document.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise UserError(f"{document} lacks the lines {_BEGIN} and {_END}")
+    files.write(document, "\n".join([before + begin, "", "\n\n".join(tables), "", end + after]).encode())
