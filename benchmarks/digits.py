@@ -1,6 +1,6 @@
 """What `bitswitch run digits` reaches on `test`, over seeds: writes a result file.
 
-    python benchmarks/digits.py results/digits.json [--seeds 5] [--work runs/digits-seeds]
+python benchmarks/digits.py results/digits.json [--seeds 5] [--work runs/digits-seeds]
 """
 
 import argparse

@@ -68,6 +68,8 @@ class Assignment(Mapping[str, int]):
         Raises:
             UserError: the value is not a dictionary of widths by layer name.
         """
-        if not isinstance(value, dict) or not all(isinstance(b, int) and not isinstance(b, bool) for b in value.values()):
+        if not isinstance(value, dict) or not all(
+            isinstance(b, int) and not isinstance(b, bool) for b in value.values()
+        ):
             raise UserError("an assignment is a JSON object {layer name: bit-width}")
         return cls(tuple(value.items()))

@@ -63,7 +63,9 @@ class TerminalReporter:
     def progress(self, stage: str, steps: int, done: int) -> Iterator[Callable[[str], None]]:
         """A progress bar with the time left."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[text]}"), console=errors, disable=not errors.is_terminal) as bar:
+        with Progress(
+            *columns, TextColumn("{task.fields[text]}"), console=errors, disable=not errors.is_terminal
+        ) as bar:
             task = bar.add_task(stage, total=steps, completed=done, text="")
             yield lambda text: bar.update(task, advance=1, text=text)
 
@@ -96,7 +98,9 @@ def _stages(
         reporter=TerminalReporter(),
     )
     records = pipeline.execute(run, stages, fresh=fresh)
-    document = _run_document(run, {stage: records[stage] for stage in records if stage in stages or stage == "pretrain"})
+    document = _run_document(
+        run, {stage: records[stage] for stage in records if stage in stages or stage == "pretrain"}
+    )
     _emit(document, as_json, lambda: _show_run(document))
 
 

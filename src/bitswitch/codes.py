@@ -5,6 +5,7 @@ of artifacts, export and the runtime all narrow with `narrow`, so that codes are
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,7 +29,7 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     for width in widths:
         if isinstance(width, bool) or not isinstance(width, (int, np.integer)) or not LEAST_BITS <= width <= MOST_BITS:
             raise UserError(f"bits={tuple(widths)}: {width!r} is not a bit-width; use whole numbers from 2 to 8")
-    if any(after >= before for before, after in zip(widths, widths[1:], strict=False)):
+    if any(after >= before for before, after in pairwise(widths)):
         raise UserError(f"bits={tuple(widths)}: list each bit-width once, highest first, such as (8, 6, 4, 2)")
     return tuple(int(width) for width in widths)
 

@@ -84,7 +84,9 @@ class Recipe(_Part):
 
 def recipe_names() -> list[str]:
     """The built-in recipes."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("bitswitch.recipes").iterdir() if ".yaml" in p.name)
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("bitswitch.recipes").iterdir() if ".yaml" in p.name
+    )
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = (), *, seed: int | None = None) -> Recipe:
@@ -124,7 +126,9 @@ def _read(recipe: str) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         if recipe not in recipe_names():
             hint = nearest(recipe, recipe_names())
-            raise UserError(f"no recipe is named {recipe!r}{hint}; there are: {', '.join(recipe_names())}, or a .yaml file")
+            raise UserError(
+                f"no recipe is named {recipe!r}{hint}; there are: {', '.join(recipe_names())}, or a .yaml file"
+            )
         text = resources.files("bitswitch.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
     else:
         try:

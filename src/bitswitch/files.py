@@ -10,7 +10,6 @@ from typing import Any
 
 from bitswitch.errors import UserError
 
-
 TEMPORARY_SUFFIX = ".partial"
 
 

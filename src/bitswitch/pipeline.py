@@ -102,7 +102,9 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
         for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
             _check_same(run, data, stage, records)
             if stage not in stages and not _is_done(run, records.get(stage)):
-                raise UserError(f"stage {stage} is not done in {run.directory.path}: bitswitch {stage} {run.name} does it")
+                raise UserError(
+                    f"stage {stage} is not done in {run.directory.path}: bitswitch {stage} {run.name} does it"
+                )
         run.directory.write_records(records)
         files.write(run.directory.path / "config.yaml", to_yaml(run.recipe).encode())
         for stage in stages:

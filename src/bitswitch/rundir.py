@@ -50,13 +50,17 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise UserError(f"cannot use the run directory {self.path}: {error.strerror}; name another with --out") from error
+            raise UserError(
+                f"cannot use the run directory {self.path}: {error.strerror}; name another with --out"
+            ) from error
         with lock:
             if fcntl is not None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
-                    raise UserError(f"another bitswitch works in {self.path}: wait for it, or use another --out") from error
+                    raise UserError(
+                        f"another bitswitch works in {self.path}: wait for it, or use another --out"
+                    ) from error
             for left in self.path.rglob(f".*{files.TEMPORARY_SUFFIX}"):
                 left.unlink(missing_ok=True)
             yield
@@ -93,7 +97,9 @@ class RunDirectory:
 
     def rewind_metrics(self, stage: str, epochs_done: int) -> None:
         """Drop the rows of `stage` that a resumed run will write again."""
-        rows = [r for r in self.metrics() if r["stage"] != stage or r["epoch"] is not None and r["epoch"] < epochs_done]
+        rows = [
+            r for r in self.metrics() if r["stage"] != stage or (r["epoch"] is not None and r["epoch"] < epochs_done)
+        ]
         files.write(self._metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def add_metrics(self, rows: list[dict[str, Any]]) -> None:
@@ -106,7 +112,9 @@ class RunDirectory:
             with self._metrics.open("a", encoding="utf-8") as stream:
                 stream.write("".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
-            raise UserError(f"cannot write {self._metrics}: {error.strerror}; what was there before is as it was") from error
+            raise UserError(
+                f"cannot write {self._metrics}: {error.strerror}; what was there before is as it was"
+            ) from error
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -111,7 +111,8 @@ def _check(header: Header, tensors: Mapping[str, np.ndarray]) -> None:
             scale = need(name, np.float32, shape)
             if not (np.isfinite(scale).all() and (scale > 0).all()):
                 raise UserError(f"tensor {name!r} holds a scale that is not positive and finite")
-        if layer.input == "zero_point" and not np.isfinite(
-            need(f"{layer.name}.input_offset", np.float32, (count,))
-        ).all():
+        if (
+            layer.input == "zero_point"
+            and not np.isfinite(need(f"{layer.name}.input_offset", np.float32, (count,))).all()
+        ):
             raise UserError(f"tensor '{layer.name}.input_offset' is not finite")

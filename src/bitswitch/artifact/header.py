@@ -78,7 +78,9 @@ class Header:
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"its header is not one of bitswitch ({error})") from error
         if version != VERSION:
-            raise UserError(f"it is of format version {version!r}, this bitswitch reads version {VERSION}: upgrade bitswitch")
+            raise UserError(
+                f"it is of format version {version!r}, this bitswitch reads version {VERSION}: upgrade bitswitch"
+            )
         try:
             return cls._checked(value)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -168,7 +168,7 @@ def _storable(name: str, tensor: Tensor) -> np.ndarray:
         if not bool(tensor.isfinite().all()):
             raise UserError(f"{name!r} holds values that are not finite: the training diverged")
         return tensor.float().cpu().numpy()
-    if tensor.is_complex() or tensor.numel() and (int(tensor.min()) < -(2**31) or int(tensor.max()) >= 2**31):
+    if tensor.is_complex() or (tensor.numel() and (int(tensor.min()) < -(2**31) or int(tensor.max()) >= 2**31)):
         raise UserError(f"{name!r} ({tensor.dtype}) does not fit the artifact's float32 or int32")
     return tensor.to(torch.int32).cpu().numpy()
 

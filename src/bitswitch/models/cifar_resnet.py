@@ -59,7 +59,9 @@ class CifarResNet(nn.Module):
     def __init__(self, depth: int, *, classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "A") -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6 or shortcut not in ("A", "B"):
-            raise UserError(f"depth={depth}, shortcut={shortcut!r}: depth is 6n + 2 (8, 20, 32, ...), shortcut 'A' or 'B'")
+            raise UserError(
+                f"depth={depth}, shortcut={shortcut!r}: depth is 6n + 2 (8, 20, 32, ...), shortcut 'A' or 'B'"
+            )
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)

@@ -20,10 +20,12 @@ class QuantizedLayer(nn.Module):
     artifact, `weight` is None and `codes` holds the stored integers, int8, in the shape of the weight.
     """
 
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
+    weight: Any  # nn.Parameter | None, but torch declares it without the None
+    bias: Any
     codes: Tensor | None
     width: int
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer
     _errors: Mapping[int, float]
 
     @classmethod
@@ -191,9 +193,9 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, float("-inf"))
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _linear(weight: Any, bias: Any) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    layer.weight, layer.bias = weight, bias
     return layer
 
 

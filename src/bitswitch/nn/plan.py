@@ -69,7 +69,7 @@ def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
     for parent in list(model.modules()):
         # Not named_children: it leaves out the second use of a shared module.
         for name, child in parent._modules.items():
-            if child in new:
+            if child is not None and child in new:
                 parent._modules[name] = new[child]
     return new.get(model, model)
 
@@ -91,7 +91,9 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     modules = dict(model.named_modules())
     for name in (*plan.layers, *plan.norms, *plan.norms.values()):
         if name not in modules:
-            raise UserError(f"this {type(model).__name__} is another network than the one quantized: it has no {name!r}")
+            raise UserError(
+                f"this {type(model).__name__} is another network than the one quantized: it has no {name!r}"
+            )
     layers: dict[str, QuantizedLayer] = {}
     for name, kind in plan.layers.items():
         layers[name] = _quantized(name, modules[name], kind, plan)
@@ -113,20 +115,23 @@ def plan_of(model: nn.Module) -> Plan:
     """
     plan = getattr(model, "bitswitch_plan", None)
     if not isinstance(plan, Plan):
-        raise UserError(f"{type(model).__name__} is not a quantized model: make one with bitswitch.quantize(model, ...)")
+        raise UserError(
+            f"{type(model).__name__} is not a quantized model: make one with bitswitch.quantize(model, ...)"
+        )
     return plan
 
 
 def _quantized(name: str, module: nn.Module, kind: InputKind, plan: Plan) -> QuantizedLayer:
     if type(module) not in QUANTIZED:
         raise UserError(f"this is another network than the one quantized: {name!r} is a {type(module).__name__}")
-    weight = module.weight
+    weight: Any = module.weight
     shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if plan.per_channel else ()
     options: dict[str, Any] = {"form": plan.scale_form, "lsq_factor": plan.lsq_factor}
     weights = WeightQuantizer(plan.widths, shape, **options)
     inputs = ActivationQuantizer(plan.widths, kind, **options)
-    to = {"device": weight.device, "dtype": weight.dtype}
-    return QUANTIZED[type(module)].from_float(module, weights.to(**to), inputs.to(**to))
+    return QUANTIZED[type(module)].from_float(
+        module, weights.to(weight.device, weight.dtype), inputs.to(weight.device, weight.dtype)
+    )
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -18,10 +18,9 @@ from bitswitch.nn.trace import Trace, trace
 from bitswitch.numerics import start_activation_scales, start_weight_scale
 
 # Modules with a matrix of weights that are not swapped, and that a user would want to hear of.
-_NOT_SWAPPED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase) + (
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+_NOT_SWAPPED = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    *(nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase),
 )
 
 
@@ -131,7 +130,9 @@ def _followed(seen: Trace, chosen: Sequence[str]) -> dict[str, str]:
 def _input_start(name: str, x: Tensor, widths: tuple[int, ...]) -> tuple[InputKind, Tensor, Tensor | None]:
     """The kind of quantizer that suits the data, and where its scales and offsets start."""
     if not bool(x.isfinite().all()):
-        raise UserError(f"the input of layer {name!r} is not finite on the example inputs: check the model and the data")
+        raise UserError(
+            f"the input of layer {name!r} is not finite on the example inputs: check the model and the data"
+        )
     if bool((x >= 0).all()):
         scales, _, _ = start_activation_scales(x, [input_range("unsigned", width) for width in widths])
         return "unsigned", scales, None

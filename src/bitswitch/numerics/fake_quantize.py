@@ -87,7 +87,9 @@ def zero_point(offset: Tensor, scale: Tensor, greatest: int) -> Tensor:
 
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, bounds: tuple[int, int], lsq: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, bounds: tuple[int, int], lsq: bool
+    ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         ctx.save_for_backward(x, scale, offset)
         ctx.bounds, ctx.lsq_factor = bounds, lsq

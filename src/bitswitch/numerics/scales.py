@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitswitch.codes import narrow, signed_range
+from bitswitch.codes import narrow
 from bitswitch.numerics.fake_quantize import weight_codes
 
 # A power of two far from every scale that a network uses, whose product with 2^6 is still an ordinary float32.

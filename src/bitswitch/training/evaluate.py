@@ -43,7 +43,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    totals, images, classes = None, 0, 0
+    totals, images = None, 0
     try:
         for x, y in batches:
             rows = []

@@ -108,7 +108,11 @@ class Loop:
             row, column = bad[0].tolist()
             name = self.objective.names[column]
             where = name if name == "float" else f"{name} bits"
-            kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "no epoch was done yet"
+            kept = (
+                f"the last good checkpoint is {self.checkpoint}"
+                if self.checkpoint.exists()
+                else "no epoch was done yet"
+            )
             raise UserError(
                 f"the loss at {where} is {window[row, column].item()} at step {first_step + row} of epoch {epoch}; "
                 f"{kept}; lower the learning rate and start with --fresh"

@@ -38,7 +38,7 @@ class FloatObjective:
         weight_decay: of SGD.
     """
 
-    names = ("float",)
+    names: tuple[str, ...] = ("float",)
 
     def __init__(self, model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> None:
         self.model = model
