@@ -95,8 +95,8 @@ class Header:
             raise ValueError("no layers, or one listed twice")
         if not set(value["norms"].values()) <= set(names):
             raise ValueError("a batch normalization follows no listed layer")
-        for key in ("network", "preprocessing"):
-            if value[key] is not None and not isinstance(value[key], dict):
+        for key in ("network", "preprocessing", "provenance", "checksums"):
+            if not isinstance(value[key], dict) and not (value[key] is None and key in ("network", "preprocessing")):
                 raise ValueError(f"{key} is not an object")
         if value["network"] is not None and not isinstance(value["network"]["name"], str):
             raise ValueError("the network's name is not a string")

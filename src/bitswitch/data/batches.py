@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +35,9 @@ class MemoryBatches:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(float32 [N, C, H, W], int64 [N]) on the device."""
-        generator = torch.Generator().manual_seed((self.seed << 32) + epoch)
+        # torch's CPU generator keeps 32 bits of a seed: mix both numbers into them.
+        mixed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(mixed)
         order = torch.randperm(len(self.data.train), generator=generator)
         for step in range(len(self)):
             index = order[step * self.batch_size : (step + 1) * self.batch_size].to(self.device)

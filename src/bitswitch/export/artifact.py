@@ -120,9 +120,11 @@ def _network(path: str | Path, header: artifact.Header, model: Any) -> nn.Module
 
 
 def _entry(name: str, layer: QuantizedLayer, plan: Plan) -> artifact.LayerEntry:
+    if layer.weight is not None and not bool(layer.weight.isfinite().all()):
+        raise UserError(f"the weight of {name!r} holds values that are not finite: the training diverged")
     return artifact.LayerEntry(
         name=name,
-        shape=tuple((layer.weight if layer.codes is None else layer.codes).shape),  # type: ignore[union-attr]
+        shape=tuple((layer.weight if layer.codes is None else layer.codes).shape),
         bits=layer.weight_quantizer.high,
         input=layer.input_quantizer.kind,
         squared_error=layer.squared_errors(),

@@ -1,0 +1,175 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import bitswitch as bs
+from bitswitch import artifact, codes
+from bitswitch.errors import UserError
+from bitswitch.nn import freeze, quantized_layers
+
+
+def trained(model, images, steps=3):
+    optimizer = bs.MultiPrecisionOptimizer(model, lr=1e-2)
+    labels = torch.arange(len(images)) % 5
+    for _ in range(steps):
+        for width in optimizer.widths:
+            with bs.switched(model, width):
+                F.cross_entropy(model(images), labels).backward()
+            optimizer.step(width)
+    return model.eval()
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("scale_form", ["log", "raw"])
+@pytest.mark.parametrize("bits", [(8, 6, 4, 2), (4, 3, 2), (8,), (7, 5)])
+def test_logits_are_equal_to_the_last_bit(tmp_path, network, images, per_channel, scale_form, bits):
+    model = bs.quantize(network, example_inputs=images, bits=bits, per_channel=per_channel, scale_form=scale_form)
+    trained(model, images)
+    bs.save(model, tmp_path / "a")
+    loaded = bs.load(tmp_path / "a", model=network)
+    mixed = dict(zip(bs.widths(model), bits * 3, strict=False))
+    for wanted in (*bits, mixed):
+        bs.switch(model, wanted)
+        bs.switch(loaded, wanted)
+        assert torch.equal(model(images), loaded(images))
+
+
+def test_load_stands_at_the_width_asked_for(tmp_path, quantized, network, images):
+    bs.save(quantized, tmp_path / "a")
+    assert set(bs.widths(bs.load(tmp_path / "a", model=network)).values()) == {8}
+    assert set(bs.widths(bs.load(tmp_path / "a", bits=4, model=network)).values()) == {4}
+    mixed = bs.widths(bs.load(tmp_path / "a", assignment={"conv3": 2}, model=network))
+    assert mixed == {"conv2": 8, "conv3": 2, "conv4": 8}
+    with pytest.raises(ValueError, match="no width 5"):
+        bs.load(tmp_path / "a", bits=5, model=network)
+
+
+def test_no_float_weight_of_a_quantized_layer_is_in_the_file(tmp_path, quantized):
+    bs.save(quantized, tmp_path / "a")
+    tensors = load_file(tmp_path / "a")
+    layers = quantized_layers(quantized)
+    weights = {name: layer.weight.detach().numpy() for name, layer in layers.items()}
+    for name, array in tensors.items():
+        assert not any(array.dtype != np.int8 and array.size == weight.size for weight in weights.values()), name
+    for name, layer in layers.items():
+        assert np.array_equal(tensors[f"{name}.codes"], layer.stored_codes().numpy())
+
+
+def test_the_file_is_small(tmp_path):
+    torch.manual_seed(0)
+    model = bs.quantize(bs_resnet(), example_inputs=torch.randn(2, 3, 32, 32))
+    bs.save(model, tmp_path / "a")
+    weights = sum(layer.weight.numel() for layer in quantized_layers(model).values())
+    rest = sum(v.numel() for v in model.state_dict().values()) - weights
+    assert (tmp_path / "a").stat().st_size < 1.1 * (weights + 4 * rest) + 65536
+
+
+def bs_resnet():
+    from bitswitch.models import build
+
+    return build("cifar_resnet20")
+
+
+def test_every_width_is_narrowed_from_the_stored_codes(tmp_path, quantized, network):
+    bs.save(quantized, tmp_path / "a")
+    tensors = load_file(tmp_path / "a")
+    loaded = bs.load(tmp_path / "a", model=network)
+    for name, layer in quantized_layers(loaded).items():
+        for width in (8, 6, 4, 2):
+            narrow = codes.narrow(tensors[f"{name}.codes"], 8, width)
+            expected = narrow * (tensors[f"{name}.weight_scale"] * np.float32(2 ** (8 - width)))
+            assert np.array_equal(layer.weight_at(width).numpy(), expected)
+            assert np.array_equal(quantized_layers(quantized)[name].weight_at(width).detach().numpy(), expected)
+
+
+def test_the_header_holds_the_squared_errors(tmp_path, quantized):
+    bs.save(quantized, tmp_path / "a")
+    for entry in artifact.read_header(tmp_path / "a").layers:
+        layer = quantized_layers(quantized)[entry.name]
+        for width, error in entry.squared_error.items():
+            expected = (layer.weight_at(width) - layer.weight).double().square().sum().item()
+            assert math.isclose(error, expected, rel_tol=1e-4)
+
+
+def test_saving_a_loaded_model_gives_the_same_file(tmp_path, quantized, network):
+    bs.save(quantized, tmp_path / "a")
+    bs.save(bs.load(tmp_path / "a", model=network), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_freezing_changes_no_logit(quantized, images):
+    quantized.eval()
+    before = quantized(images)
+    assert torch.equal(freeze(quantized)(images), before)
+    assert all(layer.weight is None for layer in quantized_layers(quantized).values())
+
+
+def test_saving_does_not_change_the_model(tmp_path, quantized):
+    before = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+    bs.save(quantized, tmp_path / "a")
+    after = quantized.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_named_network_is_built_again(tmp_path):
+    model = bs.quantize(bs_resnet(), example_inputs=torch.randn(2, 3, 32, 32)).eval()
+    bs.save(model, tmp_path / "a", network={"name": "cifar_resnet20", "args": {}})
+    state = torch.get_rng_state()
+    loaded = bs.load(tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), state)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(x), loaded(x))
+
+
+def test_no_code_is_imported_on_the_word_of_a_file(tmp_path, quantized, network):
+    bs.save(quantized, tmp_path / "a", network={"name": "os:getcwd", "args": {}})
+    with pytest.raises(UserError, match="no code is imported"):
+        bs.load(tmp_path / "a")
+    assert bs.load(tmp_path / "a", model=network)
+
+
+def test_a_file_without_a_network_asks_for_it(tmp_path, quantized):
+    bs.save(quantized, tmp_path / "a")
+    with pytest.raises(UserError, match="does not name its network"):
+        bs.load(tmp_path / "a")
+
+
+def test_another_network_is_refused(tmp_path, quantized, network):
+    bs.save(quantized, tmp_path / "a")
+    with pytest.raises(UserError, match="another network"):
+        bs.load(tmp_path / "a", model=nn.Sequential(nn.Linear(3, 3)))
+    network.conv3 = nn.Conv2d(8, 14, 1, groups=2)
+    with pytest.raises(UserError, match="'conv3' has another shape"):
+        bs.load(tmp_path / "a", model=network)
+
+
+def test_a_different_float_part_is_refused(tmp_path, quantized, network):
+    bs.save(quantized, tmp_path / "a")
+    network.extra = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="extra"):
+        bs.load(tmp_path / "a", model=network)
+
+
+def test_what_cannot_be_stored_is_refused_by_name(tmp_path, quantized, network):
+    with pytest.raises(UserError, match="not a quantized model"):
+        bs.save(network, tmp_path / "a")
+    with pytest.raises(UserError, match="float64"):
+        bs.save(quantized.double(), tmp_path / "a")
+    quantized.float()
+    quantized.steps = torch.tensor([2**40])
+    with pytest.raises(UserError, match="'steps'"):
+        bs.save(quantized, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["conv2.weight", "fc.bias"])
+def test_a_diverged_model_is_refused(tmp_path, quantized, where):
+    with torch.no_grad():
+        quantized.get_parameter(where).view(-1)[0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        bs.save(quantized, tmp_path / "a")

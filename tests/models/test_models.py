@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from bitswitch.errors import UserError
+from bitswitch.models import build
+
+
+@pytest.mark.parametrize(
+    ("depth", "parameters"), [(20, 269_722), (32, 464_154), (44, 658_586), (56, 853_018), (110, 1_727_962)]
+)
+def test_cifar_resnets_have_the_published_counts(depth, parameters):
+    model = build(f"cifar_resnet{depth}")
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) for m in model.modules()) == depth
+
+
+def test_option_b_projects():
+    model = build("cifar_resnet20", {"shortcut": "B", "classes": 3, "in_channels": 1})
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 3)
+    assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 21
+
+
+def test_by_name():
+    assert build("resnet18", {"num_classes": 4})(torch.randn(1, 3, 64, 64)).shape == (1, 4)
+    assert isinstance(build("torch.nn:Linear", {"in_features": 2, "out_features": 3}), torch.nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "words"),
+    [
+        ("cifar_resnet21", {}, "did you mean"),
+        ("resnet17", {}, "did you mean 'resnet1"),
+        ("no.such.module:f", {}, "cannot be imported"),
+        ("torch.nn:Nothing", {}, "cannot be imported"),
+        ("torch:__version__", {}, "not a function"),
+        ("cifar_resnet20", {"colour": 1}, "does not take"),
+        ("cifar_resnet20", {"shortcut": "C"}, "shortcut"),
+    ],
+)
+def test_bad_names_and_arguments(name, args, words):
+    with pytest.raises(UserError, match=words):
+        build(name, args)

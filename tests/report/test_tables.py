@@ -1,0 +1,55 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from bitswitch.errors import UserError
+from bitswitch.report import render, update
+
+ROOT = Path(__file__).parents[2]
+RESULT = {
+    "title": "T",
+    "command": "make x",
+    "data": "digits",
+    "split": "test",
+    "seeds": [0, 1],
+    "commit": "abcdef0123456789",
+    "machine": {"device": "cpu", "threads": 2, "torch": "2"},
+    "columns": ["", "8 bits"],
+    "rows": [["seed 0", 97.256]],
+}
+
+
+def test_a_table_names_its_source():
+    text = render(RESULT)
+    assert "| seed 0 | 97.26 |" in text
+    assert all(word in text for word in ("make x", "abcdef012345", "digits", "test", "0, 1", "2 threads"))
+
+
+def test_update_replaces_what_is_between_the_markers(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "a.json").write_text(json.dumps(RESULT))
+    document = tmp_path / "d.md"
+    document.write_text("before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n")
+    update(document, tmp_path / "r")
+    first = document.read_text()
+    assert first.startswith("before\n") and first.endswith("after\n") and "old" not in first and "97.26" in first
+    update(document, tmp_path / "r")
+    assert document.read_text() == first
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "d.md").write_text("x")
+    with pytest.raises(UserError, match="not a result file"):
+        update(tmp_path / "d.md", tmp_path)
+    (tmp_path / "a.json").write_text(json.dumps(RESULT))
+    with pytest.raises(UserError, match="lacks the lines"):
+        update(tmp_path / "d.md", tmp_path)
+
+
+def test_the_readme_holds_what_the_result_files_say(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    update(copy, ROOT / "results")
+    assert copy.read_text() == (ROOT / "README.md").read_text(), "run: make results"

@@ -1,0 +1,56 @@
+import errno
+
+import pytest
+
+from bitswitch import files
+from bitswitch.errors import UserError, nearest, require
+
+
+def test_writes_whole(tmp_path):
+    files.write(tmp_path / "deep" / "a", b"one")
+    files.write(tmp_path / "deep" / "a", b"two")
+    assert (tmp_path / "deep" / "a").read_bytes() == b"two"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_the_earlier_file_whole(tmp_path, monkeypatch, step):
+    path = tmp_path / "a"
+    files.write(path, b"one")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync" if step == "fsync" else "pathlib.Path.replace", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        files.write(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        files.write(tmp_path / "file" / "a", b"")
+
+
+def test_canonical_json_has_one_text():
+    assert files.canonical_json({"b": 1, "a": [1.5, None]}) == '{"a":[1.5,null],"b":1}'
+    with pytest.raises(ValueError):
+        files.canonical_json(float("nan"))
+
+
+def test_digest_of_a_file_is_that_of_its_bytes(tmp_path):
+    content = bytes(range(256)) * 8192
+    (tmp_path / "a").write_bytes(content)
+    assert files.file_digest(tmp_path / "a") == files.digest(content)
+
+
+def test_a_missing_module_names_its_extra():
+    with pytest.raises(UserError, match=r"bitswitch\[remote\]"):
+        require("no_such_module_at_all", "remote")
+
+
+def test_nearest():
+    assert nearest("epoch", ["epochs", "lr"]) == "; did you mean 'epochs'?"
+    assert nearest("zzz", ["epochs"]) == ""

@@ -1,0 +1,117 @@
+"""The house: who may import whom, and what loads without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bitswitch
+
+SOURCE = Path(bitswitch.__file__).parent
+# Every room may import the rooms to the left of it, none to the right; rooms in one set do not see each other unless said.
+LEVELS = [
+    {"version"},
+    {"errors"},
+    {"files"},
+    {"codes", "assignment"},
+    {"numerics", "artifact"},
+    {"nn"},
+    {"models", "data"},
+    {"training", "search", "export"},
+    {"config", "rundir"},
+    {"pipeline"},
+    {"cli"},
+    {"__main__"},
+]
+BESIDE = {
+    "runtime": {"errors", "files", "codes", "assignment", "artifact"},
+    "report": {"errors", "files"},
+    "recipes": set(),
+}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("bitswitch.")}
+    return found
+
+
+def modules() -> list[tuple[str, Path]]:
+    return [
+        (path.relative_to(SOURCE).parts[0].removesuffix(".py"), path)
+        for path in sorted(SOURCE.rglob("*.py"))
+        if path != SOURCE / "__init__.py"
+    ]
+
+
+@pytest.mark.parametrize(("room", "path"), modules(), ids=lambda value: str(value).removeprefix(str(SOURCE)))
+def test_imports_run_downward_only(room, path):
+    level = {name: i for i, names in enumerate(LEVELS) for name in names}
+    for other in rooms_imported(path) - {room, "__version__"}:
+        if room in BESIDE:
+            assert other in BESIDE[room], f"{path} imports {other}"
+        else:
+            assert other in level and level[other] < level[room], f"{path} imports {other}"
+
+
+def test_every_room_has_its_place():
+    assert {room for room, _ in modules()} <= set().union(*LEVELS) | set(BESIDE)
+
+
+def test_there_are_no_cycles_between_modules():
+    names = {".".join(("bitswitch", *p.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): p
+             for _, p in modules()}  # fmt: skip
+    edges = {}
+    for name, path in names.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        edges[name] = {
+            target
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bitswitch")
+            for target in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            if target in names and target != name and not name.startswith(f"{target}.")
+        }
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for target in edges[name]:
+                # A package's __init__ gathers its own modules.
+                if not target.startswith(f"{name}."):
+                    visit(target, (*path, name))
+            done.add(name)
+
+    for name in names:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("module", ["bitswitch", "bitswitch.codes", "bitswitch.assignment", "bitswitch.artifact"])
+def test_loads_without_torch(module):
+    code = f"import sys, {module}; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_name_that_needs_torch_says_so():
+    code = (
+        "import sys; sys.modules['torch'] = None\nimport bitswitch\n"
+        "try: bitswitch.quantize\nexcept ModuleNotFoundError as e: assert 'bitswitch[train]' in str(e), e\n"
+        "else: raise SystemExit('no error')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_public_names_resolve():
+    for name in bitswitch.__all__:
+        assert getattr(bitswitch, name) is not None
+    with pytest.raises(AttributeError):
+        bitswitch.nothing  # noqa: B018

@@ -1,0 +1,127 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import bitswitch as bs
+from bitswitch.errors import UserError
+from bitswitch.training import paper_eta
+
+
+def backward(model, images, width):
+    with bs.switched(model, width):
+        F.cross_entropy(model(images), torch.arange(len(images)) % 5).backward()
+
+
+def groups(model):
+    scales = {n for n, _ in model.named_parameters() if "quantizer" in n}
+    return scales, {n for n, _ in model.named_parameters()} - scales
+
+
+def test_one_step_is_adams(quantized, images):
+    """Against torch's plain Adam with rates worked out here."""
+    twin = copy.deepcopy(quantized)
+    optimizer = bs.MultiPrecisionOptimizer(quantized, lr=1e-3, scale_lr=3e-3, eta="paper", weight_decay=1e-2)
+    optimizer.factor = 0.5
+    backward(quantized, images, 4)
+    backward(twin, images, 4)
+    named = dict(twin.named_parameters())
+    scale_names, weight_names = groups(twin)
+    offsets = {n for n in scale_names if ".offset." in n}
+    active = [named[n].grad for n in scale_names - offsets if named[n].grad is not None]
+    mean = torch.stack([g.abs().max() for g in active]).clamp(max=1).mean().item()
+    rate = paper_eta(8, 4) * 3e-3 * 0.5 * (1 - mean)
+    for n in scale_names:
+        if named[n].grad is not None:
+            named[n].grad.clamp_(-1, 1)
+    plain = torch.optim.Adam(
+        [
+            {"params": [named[n] for n in weight_names], "lr": 5e-4, "weight_decay": 1e-2},
+            {"params": [named[n] for n in scale_names - offsets], "lr": rate},
+            {"params": [named[n] for n in offsets], "lr": rate / 3},
+        ]
+    )
+    plain.step()
+    optimizer.step(4)
+    for n, p in quantized.named_parameters():
+        assert torch.allclose(p, named[n], rtol=1e-5, atol=1e-8), n
+        assert p.grad is None
+
+
+def test_inactive_widths_are_left_exactly_as_they_were(quantized, images):
+    optimizer = bs.MultiPrecisionOptimizer(quantized, lr=1e-2)
+    for width in optimizer.widths:  # gives every width momentum
+        backward(quantized, images, width)
+        optimizer.step(width)
+    others = {
+        n: t.clone()
+        for n, t in quantized.state_dict().items()
+        if any(
+            f".{w}" in f".{n}." and ("scale_parameter." in n or "offset." in n or "by_width." in n) for w in (8, 6, 2)
+        )
+    }
+    assert len(others) > 20
+    backward(quantized, images, 4)
+    optimizer.step(4)
+    after = quantized.state_dict()
+    assert all(torch.equal(after[n], t) for n, t in others.items() if ".4" not in n)
+    assert any(not torch.equal(after[n], t) for n, t in others.items() if ".4" in n) or ".4" not in "".join(others)
+
+
+def test_accumulate_moves_all_widths(quantized, images):
+    before = {n: p.detach().clone() for n, p in quantized.named_parameters()}
+    optimizer = bs.MultiPrecisionOptimizer(quantized)
+    for width in optimizer.widths:
+        backward(quantized, images, width)
+    optimizer.step()
+    moved = {n for n, p in quantized.named_parameters() if not torch.equal(p, before[n])}
+    assert {n for n in before if "scale_parameter." in n} <= moved
+
+
+def test_scales_have_no_weight_decay(quantized):
+    before = {n: p.detach().clone() for n, p in quantized.named_parameters()}
+    optimizer = bs.MultiPrecisionOptimizer(quantized, lr=1e-2, weight_decay=10.0)
+    for p in quantized.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    scales, weights = groups(quantized)
+    now = dict(quantized.named_parameters())
+    assert all(torch.equal(now[n], before[n]) for n in scales)
+    assert any(not torch.equal(now[n], before[n]) for n in weights)
+
+
+def test_state_goes_on_where_it_was(quantized, images):
+    optimizer = bs.MultiPrecisionOptimizer(quantized)
+    backward(quantized, images, 8)
+    optimizer.step(8)
+    twin = copy.deepcopy(quantized)
+    other = bs.MultiPrecisionOptimizer(twin)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, opt in ((quantized, optimizer), (twin, other)):
+        backward(model, images, 8)
+        opt.step(8)
+    for (n, p), (_, q) in zip(quantized.named_parameters(), twin.named_parameters(), strict=True):
+        assert torch.equal(p, q), n
+
+
+def test_frozen_parameters_stay(quantized, images):
+    quantized.conv1.requires_grad_(False)
+    before = quantized.conv1.weight.clone()
+    optimizer = bs.MultiPrecisionOptimizer(quantized, lr=1e-1)
+    backward(quantized, images, 8)
+    optimizer.step(8)
+    assert torch.equal(quantized.conv1.weight, before)
+
+
+@pytest.mark.parametrize("eta", ["pape", {8: 1.0}, None])
+def test_bad_eta(quantized, eta):
+    with pytest.raises(UserError, match="eta"):
+        bs.MultiPrecisionOptimizer(quantized, eta=eta)
+
+
+def test_bad_width_and_model(quantized, network):
+    with pytest.raises(UserError, match="width 5"):
+        bs.MultiPrecisionOptimizer(quantized).step(5)
+    with pytest.raises(UserError, match="no quantized layer"):
+        bs.MultiPrecisionOptimizer(network)
