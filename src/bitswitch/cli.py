@@ -28,6 +28,8 @@ from bitswitch.version import __version__  # noqa: E402
 # The base of every complaint about the words of a command; typer carries its own copy of click or takes it from outside.
 _UsageError: Any = typer.BadParameter.__mro__[2]
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="bitswitch",
     help="One trained network, one stored 8-bit integer weight per parameter, every precision from it.",
@@ -250,9 +252,10 @@ def inspect(
 
 
 def _show_file(document: dict[str, Any]) -> None:
-    table = Table(title=f"{document['file']}, widths {document['widths']}", title_justify="left")
-    for column in ("layer", "shape", "input", *(f"squared error at {w}" for w in document["widths"])):
-        table.add_column(column)
+    table = Table(title=f"{document['file']}: squared error of the weights at each width", title_justify="left")
+    table.add_column("layer", no_wrap=True)
+    for column in ("shape", "input", *(f"{width} bits" for width in document["widths"])):
+        table.add_column(column, overflow="fold")
     for layer in document["layers"]:
         errors_ = [f"{layer['squared_error'][str(w)]:.4g}" for w in document["widths"]]
         table.add_row(layer["name"], "x".join(map(str, layer["shape"])), layer["input"], *errors_)
@@ -299,15 +302,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.path.insert(0, "")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(args=given or ["--help"], standalone_mode=False)
-        code = 0
+        # What a command returns is None; a number comes from typer, for --help or an interruption.
+        code = app(args=given or ["--help"], standalone_mode=False) or 0
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
     except UserError as error:
         code = _fail(str(error))
     except _UsageError as error:
         code = _fail(error.format_message() or "bitswitch --help lists the commands")
     except (typer.Abort, KeyboardInterrupt):
         errors.print("interrupted; the same command goes on from the last checkpoint", markup=False)
-        code = 130
+        code = _INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         code = 0

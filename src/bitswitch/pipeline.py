@@ -96,7 +96,7 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
     """
     data = load_data(run.recipe.data.name, run.recipe.data.root, val_fraction=run.recipe.data.val_fraction)
     with run.directory.locked():
-        records = {} if fresh and stages[0] == STAGES[0] else run.directory.records()
+        records = {} if fresh and tuple(stages) == STAGES else run.directory.records()
         forgotten = set(stages) if fresh else set()
         records = {stage: record for stage, record in records.items() if stage not in forgotten}
         for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
@@ -105,6 +105,8 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
                 raise UserError(
                     f"stage {stage} is not done in {run.directory.path}: bitswitch {stage} {run.name} does it"
                 )
+        if "train" in stages and not _is_done(run, records.get("pretrain")):
+            _quantized(run, data, build_network(run.recipe, data), images=2)
         run.directory.write_records(records)
         files.write(run.directory.path / "config.yaml", to_yaml(run.recipe).encode())
         for stage in stages:
@@ -193,15 +195,7 @@ def _train(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
         plan = Plan.from_json(load_checkpoint(checkpoint)["plan"])
         model = apply(network, plan).to(run.device)
     else:
-        model = quantize(
-            network,
-            example_inputs=_calibration_batch(data, part.calibration_images),
-            bits=widths,
-            keep=part.keep,
-            per_channel=part.per_channel,
-            scale_form=part.scale_form,
-            lsq_factor=part.lsq_factor,
-        ).to(run.device)
+        model = _quantized(run, data, network, images=part.calibration_images).to(run.device)
     optimizer = MultiPrecisionOptimizer(
         model,
         lr=part.lr,
@@ -231,9 +225,18 @@ def _network_args(recipe: Recipe, data: DataSet) -> dict[str, Any]:
     return args
 
 
-def _calibration_batch(data: DataSet, images: int) -> torch.Tensor:
-    """The first training images: real data for the starts of activation scales."""
-    return data.normalized(data.train.images[:images])
+def _quantized(run: Run, data: DataSet, network: nn.Module, *, images: int) -> nn.Module:
+    """The quantized copy, its activation scales started from the first training images."""
+    part = run.recipe.train
+    return quantize(
+        network,
+        example_inputs=data.normalized(data.train.images[:images]),
+        bits=run.recipe.bits,
+        keep=part.keep,
+        per_channel=part.per_channel,
+        scale_form=part.scale_form,
+        lsq_factor=part.lsq_factor,
+    )
 
 
 def _train_loop(

@@ -1,0 +1,297 @@
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitswitch as bs
+from bitswitch import artifact, cli
+from bitswitch.data import evaluation_batches, load_data
+
+SHORT = ["pretrain.epochs=2", "train.epochs=1"]
+
+
+def call(capsys, *words):
+    """(exit status, stdout, stderr) of a command, in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def one_line(result, *words):
+    status, out, err = result
+    assert status == 2 and out == "", (status, out, err)
+    *notes, last = err.splitlines()
+    assert last.startswith("bitswitch: ") and all("skipped" in note or "taken up" in note for note in notes), err
+    for word in words:
+        assert word in err, err
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A short finished run; tests that change files take a copy."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "digits", *SHORT, "--out", str(out), "--json", "--device", "cpu"])
+    assert stop.value.code == 0
+    return out
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    return Path(shutil.copytree(done, tmp_path / "digits"))
+
+
+def snapshot(folder):
+    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+
+
+def test_a_run_directory_holds_what_is_promised(done):
+    names = {str(p.relative_to(done)) for p in done.rglob("*") if p.is_file()}
+    wanted = {"config.yaml", "metrics.jsonl", "stages.json", "model.safetensors", "checkpoints/pretrain.pt"}
+    assert wanted <= names
+    rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["stage"], r["epoch"], r["bits"], r["split"]) for r in rows] == [
+        ("pretrain", 0, None, "val"),
+        ("pretrain", 1, None, "val"),
+        ("pretrain", None, None, "test"),
+        *(("train", 0, bits, "val") for bits in (8, 6, 4, 2)),
+        *(("train", None, bits, "test") for bits in (8, 6, 4, 2)),
+    ]
+
+
+def test_evaluate_in_a_new_process_gives_the_end_of_training(done):
+    command = [sys.executable, "-m", "bitswitch", "evaluate", done / "model.safetensors", "--bits", "8,6,4,2", "--json"]
+    document = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    ended = {r["bits"]: r for r in rows if r["stage"] == "train" and r["split"] == "test"}
+    assert [r["bits"] for r in document["results"]] == [8, 6, 4, 2]
+    for row in document["results"]:
+        assert row["assignment"] is None and row["split"] == "test" and row["data"] == "digits"
+        for key in ("top1", "top5", "loss", "images"):
+            assert row[key] == ended[row["bits"]][key]
+    assert document["provenance"]["recipe"] == "digits" and document["provenance"]["float_top1"] > 10
+
+
+def test_the_artifact_gives_the_checkpoints_logits_to_the_last_bit(done):
+    from bitswitch.models import build
+    from bitswitch.nn import Plan, apply
+    from bitswitch.training import load_checkpoint
+
+    state = load_checkpoint(done / "checkpoints" / "train.pt")
+    model = apply(build("cifar_resnet8", {"in_channels": 1}), Plan.from_json(state["plan"]))
+    model.load_state_dict(state["model"])
+    model.eval()
+    loaded = bs.load(done / "model.safetensors")
+    with torch.no_grad():
+        for x, _ in evaluation_batches(load_data("digits"), "test", device=torch.device("cpu")):
+            for width in (8, 6, 4, 2):
+                bs.switch(model, width)
+                bs.switch(loaded, width)
+                assert torch.equal(model(x), loaded(x))
+
+
+def test_a_second_run_skips_what_is_done(capsys, copied):
+    before = snapshot(copied)
+    status, out, err = call(capsys, "run", "digits", *SHORT, "--out", copied, "--json")
+    assert status == 0 and json.loads(out)["results"][0]["bits"] is None
+    assert "pretrain: done before, skipped" in err and "train: done before, skipped" in err
+    assert snapshot(copied) == before
+
+
+def test_a_changed_override_is_not_ignored(capsys, copied):
+    before = snapshot(copied)
+    one_line(
+        call(capsys, "run", "digits", *SHORT, "train.lr=0.5", "--out", copied), "train.lr was 0.001, is 0.5", "--fresh"
+    )
+    one_line(call(capsys, "train", "digits", "train.epochs=1", "--out", copied), "pretrain.epochs was 2, is 60")
+    one_line(call(capsys, "run", "digits", *SHORT, "--seed", 5, "--out", copied), "seed was 0, is 5")
+    assert snapshot(copied) == before
+
+
+def test_a_changed_override_is_not_ignored_half_way(capsys, copied):
+    """A stage that has begun is held to what it began with."""
+    records = json.loads((copied / "stages.json").read_text())
+    records["train"] |= {"done": False}
+    (copied / "stages.json").write_text(json.dumps(records))
+    one_line(call(capsys, "run", "digits", *SHORT[:1], "train.epochs=3", "--out", copied), "train.epochs was 1, is 3")
+
+
+def test_fresh_does_a_stage_again(capsys, copied):
+    words = ["train", "digits", SHORT[0], "train.epochs=1", "train.lr=2e-3", "--out", copied, "--fresh", "--json"]
+    status, out, _ = call(capsys, *words)
+    assert status == 0 and json.loads(out)["artifact"]
+    assert "lr: 0.002" in (copied / "config.yaml").read_text()
+    one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "train.lr was 0.002, is 0.001")
+    assert call(capsys, "pretrain", "digits", SHORT[0], "--seed", 1, "--out", copied, "--fresh", "--json")[0] == 0
+    one_line(call(capsys, "train", "digits", *SHORT, "--seed", 1, "--out", copied), "--fresh")
+
+
+def test_an_output_that_was_changed_is_noticed(capsys, copied):
+    with (copied / "model.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "was changed since it was made")
+
+
+def test_a_stage_needs_the_one_before(capsys, tmp_path):
+    one_line(
+        call(capsys, "train", "digits", "--out", tmp_path / "x"), "pretrain is not done", "bitswitch pretrain digits"
+    )
+
+
+def test_two_processes_cannot_work_in_one_directory(capsys, copied):
+    from bitswitch.rundir import RunDirectory
+
+    with RunDirectory(copied).locked():
+        one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "another bitswitch works in")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "digit"], ["no recipe is named 'digit'", "did you mean 'digits'"]),
+        (["run", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
+        (["run", "digits", "train.epoch=3"], ["unknown key 'train.epoch'", "did you mean 'epochs'"]),
+        (["run", "digits", "trian.epochs=3"], ["unknown key 'trian'", "did you mean 'train'"]),
+        (["run", "digits", "train.epochs"], ["is not key=value"]),
+        (["run", "digits", "train.epochs=many"], ["train.epochs='many'"]),
+        (["run", "digits", "train.lr=.nan"], ["train.lr"]),
+        (["run", "digits", "train.lr=[1"], ["is not YAML"]),
+        (["run", "digits", "bits=[8,0]"], ["0 is not a bit-width"]),
+        (["run", "digits", "bits=[8,1]"], ["1 is not a bit-width"]),
+        (["run", "digits", "bits=[9,8]"], ["9 is not a bit-width"]),
+        (["run", "digits", "bits=[4,8]"], ["highest first"]),
+        (["run", "digits", "bits=[8,8]"], ["each bit-width once"]),
+        (["run", "digits", "bits=8"], ["list of bit-widths"]),
+        (["run", "digits", "data.name=digist"], ["no data set", "did you mean 'digits'"]),
+        (["run", "digits", "model.name=resnet19"], ["no network is named 'resnet19'"]),
+        (["run", "digits", "model.args={colour: 1}"], ["does not take the arguments"]),
+        (["run", "digits", "--device", "cuda"], ["--device cuda", "no such device"]),
+        (["run", "digits", "--device", "abacus"], ["--device abacus"]),
+        (["run", "digits", "--colour"], ["No such option"]),
+        (["run"], ["Missing argument"]),
+        (["fly"], ["No such command"]),
+        (["evaluate", "no/such/file"], ["there is no such file"]),
+        (["inspect", "no/such/file"], ["there is no such file"]),
+        (["recipes", "show", "digit"], ["did you mean 'digits'"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input_is_told_in_one_line(capsys, tmp_path, words, told):
+    if torch.cuda.is_available() and "cuda" in words:
+        pytest.skip("this machine has CUDA")
+    if words[0] == "run" and len(words) > 1:
+        words = [*words, "--out", tmp_path / "x"]
+    one_line(call(capsys, *words), *told)
+    assert not (tmp_path / "x" / "checkpoints").exists()
+
+
+def test_a_model_without_quantizable_layers(capsys, tmp_path):
+    """Told before the float network is trained, not after."""
+    for network, args in (("Flatten", "{}"), ("Conv2d", "{in_channels: 1, out_channels: 10, kernel_size: 8}")):
+        words = ["run", "digits", f"model.name=torch.nn:{network}", f"model.args={args}", "--out", tmp_path]
+        one_line(call(capsys, *words), network, "no layer to quantize")
+        assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite(capsys, copied):
+    before = (copied / "model.safetensors").read_bytes()
+    words = ["train", "digits", SHORT[0], "train.epochs=2", "train.lr=1e38", "--fresh", "--out", copied]
+    one_line(call(capsys, *words), "the loss at", "bits is", "step", "epoch")
+    assert (copied / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("when", ["checkpoint", "metrics"])
+def test_a_full_disk(capsys, monkeypatch, copied, when):
+    before = (copied / "model.safetensors").read_bytes()
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if when == "checkpoint":
+        monkeypatch.setattr("os.fsync", full)
+    else:
+        real = Path.open
+        monkeypatch.setattr(Path, "open", lambda p, mode="r", **k: full() if "a" in mode else real(p, mode, **k))
+    words = ["train", "digits", *SHORT, "--fresh", "--out", copied]
+    one_line(call(capsys, *words), "No space left on device", "as it was")
+    assert (copied / "model.safetensors").read_bytes() == before
+    assert not [p for p in copied.rglob(".*") if p.name != ".lock"]
+
+
+def test_bad_artifacts(capsys, copied):
+    path = copied / "model.safetensors"
+    whole = path.read_bytes()
+    one_line(call(capsys, "evaluate", path, "--bits", "8,5"), "has no width 5", "8, 6, 4, 2")
+    one_line(call(capsys, "evaluate", path, "--bits", "eight"), "--bits eight")
+    one_line(call(capsys, "evaluate", path, "--split", "train"), "--split train")
+    one_line(call(capsys, "evaluate", path, "--data", "nothing"), "no data set is named 'nothing'")
+    one_line(call(capsys, "evaluate", path, "--model", "resnet18"), "does not take")
+    one_line(call(capsys, "evaluate", copied), "is a folder")
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    one_line(call(capsys, "evaluate", path), "altered")
+    path.write_bytes(whole[:-100])
+    one_line(call(capsys, "evaluate", path), "cannot be used")
+    path.write_bytes(whole.replace(b'\\"version\\":1,', b'\\"version\\":7,'))
+    one_line(call(capsys, "inspect", path), "version 7", "upgrade bitswitch")
+
+
+def test_a_users_own_network(capsys, tmp_path, monkeypatch):
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "def build(width=8):\n"
+        "    layers = [nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU()]\n"
+        "    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * width, 10))\n"
+    )
+    (tmp_path / "my.yaml").write_text(
+        "bits: [4, 2]\nmodel: {name: 'mynet:build', args: {width: 4}}\ndata: {name: digits}\n"
+        "pretrain: {epochs: 1, batch_size: 64, lr: 0.05}\ntrain: {epochs: 1, batch_size: 64}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, "run", "my.yaml", "--json")[0] == 0
+    file = tmp_path / "runs" / "my" / "model.safetensors"
+    one_line(call(capsys, "evaluate", file), "no code is imported", "--model")
+    assert call(capsys, "evaluate", file, "--model", "mynet:build", "--json")[0] == 0
+
+
+def test_json_goes_alone_to_stdout(capsys, done, tmp_path):
+    for words in (["inspect", done / "model.safetensors"], ["recipes"], ["recipes", "show", "digits"], ["version"]):
+        status, out, _ = call(capsys, *words, "--json")
+        assert status == 0 and isinstance(json.loads(out), dict)
+    call(capsys, "inspect", done / "model.safetensors", "--json", "--out", tmp_path)
+    document = json.loads((tmp_path / "inspect.json").read_text())
+    header, tensors = artifact.read(done / "model.safetensors")
+    assert document["code_bytes"] + document["other_bytes"] == sum(t.nbytes for t in tensors.values())
+    assert [layer["name"] for layer in document["layers"]] == [layer.name for layer in header.layers]
+
+
+def test_tables_are_readable(capsys, done):
+    status, out, _ = call(capsys, "evaluate", done / "model.safetensors")
+    assert status == 0 and all(text in out for text in ("8 bits", "2 bits", "top-1 %", "360"))
+    status, out, _ = call(capsys, "inspect", done / "model.safetensors")
+    assert status == 0 and "layer3.0.conv2" in out and "float_top1" in out
+    assert call(capsys, "recipes")[1].split() == ["digits"]
+    assert call(capsys)[0] == 0
+    assert call(capsys, "--help")[0] == 0
+
+
+def test_our_own_fault_exits_1(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "recipe_names", lambda: 1 / 0)
+    status, _, err = call(capsys, "recipes")
+    assert status == 1 and "ZeroDivisionError" in err
+
+
+def test_interruption_exits_130(capsys, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "recipe_names", interrupt)
+    status, _, err = call(capsys, "recipes")
+    assert status == 130 and "goes on from the last checkpoint" in err
