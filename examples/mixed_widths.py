@@ -27,7 +27,8 @@ precisions = {
     },
     f"every layer at {low} bits": low,
 }
-data = load_data(header.provenance["data"])
+recipe = header.provenance["config"]["data"]
+data = load_data(recipe["name"], val_fraction=recipe["val_fraction"])
 # A width is chosen by what it does to `val`; `test` is for the final number.
 batches = evaluation_batches(data, "val", device=torch.device("cpu"))
 for name, score in zip(precisions, evaluate(model, batches, list(precisions.values())), strict=True):

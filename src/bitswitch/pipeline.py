@@ -214,14 +214,14 @@ def _train(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
 
 
 def build_network(recipe: Recipe, data: DataSet) -> nn.Module:
-    """The recipe's float network, freshly initialised; the CIFAR networks learn the number of classes from the data."""
+    """The recipe's float network, freshly initialised; the number of classes comes from the data."""
     return build(recipe.model.name, _network_args(recipe, data))
 
 
 def _network_args(recipe: Recipe, data: DataSet) -> dict[str, Any]:
     name, args = recipe.model.name, dict(recipe.model.args)
     if ":" not in name:
-        args.setdefault("classes" if name.startswith("cifar_resnet") else "num_classes", len(data.classes))
+        args.setdefault("num_classes", len(data.classes))
     return args
 
 

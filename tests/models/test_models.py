@@ -15,7 +15,7 @@ def test_cifar_resnets_have_the_published_counts(depth, parameters):
 
 
 def test_option_b_projects():
-    model = build("cifar_resnet20", {"shortcut": "B", "classes": 3, "in_channels": 1})
+    model = build("cifar_resnet20", {"shortcut": "B", "num_classes": 3, "in_channels": 1})
     assert model(torch.randn(2, 1, 32, 32)).shape == (2, 3)
     assert sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) == 21
 

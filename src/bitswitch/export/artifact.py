@@ -42,6 +42,10 @@ def save(
             written.
     """
     plan = plan_of(model)
+    if plan.method != "double_rounding":
+        raise UserError(
+            f"a {plan.method} model keeps float weights and cannot be saved as an artifact: it is for comparison"
+        )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     header = artifact.Header(
         widths=plan.widths,
@@ -77,6 +81,8 @@ def load(
         UserError: the file is not a whole, unaltered artifact of a version that this package reads; the network is not
             known or is another; the width is not in the file.
     """
+    if bits is not None and assignment is not None:
+        raise UserError("give bits= or assignment=, not both")
     header, tensors = artifact.read(path)
     # Building draws initial weights; the caller's random numbers are not to be moved by it.
     with torch.random.fork_rng(devices=[]):
@@ -85,6 +91,7 @@ def load(
         widths=header.widths,
         layers={layer.name: layer.input for layer in header.layers},  # type: ignore[misc]
         norms=header.norms,
+        method="double_rounding",
         per_channel=header.per_channel,
         scale_form="raw",
         lsq_factor=True,
@@ -155,8 +162,9 @@ def _layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
         "weight_scale": layer.weight_quantizer.scale(),
         "input_scale": torch.stack([quantizer.scale(width) for width in layer.widths]),
     }
-    if quantizer.kind == "zero_point":
-        tensors["input_offset"] = torch.stack([quantizer.offset[str(width)] for width in layer.widths])
+    offsets = [offset for width in layer.widths if (offset := quantizer.offset_at(width)) is not None]
+    if offsets:
+        tensors["input_offset"] = torch.stack(offsets)
     return tensors
 
 

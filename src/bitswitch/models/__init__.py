@@ -2,5 +2,6 @@
 
 from bitswitch.models.cifar_resnet import CifarResNet, cifar_resnet
 from bitswitch.models.registry import build, is_trusted
+from bitswitch.models.weights import load_weights, read_weights
 
-__all__ = ["CifarResNet", "build", "cifar_resnet", "is_trusted"]
+__all__ = ["CifarResNet", "build", "cifar_resnet", "is_trusted", "load_weights", "read_weights"]

@@ -51,12 +51,12 @@ class CifarResNet(nn.Module):
 
     Args:
         depth: 6n + 2: 8, 20, 32, 44, 56 or 110.
-        classes: how many the last layer tells apart.
+        num_classes: how many the last layer tells apart.
         in_channels: of the images.
         shortcut: "A" pads with zeros, as the paper does on CIFAR; "B" projects where the shape changes.
     """
 
-    def __init__(self, depth: int, *, classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "A") -> None:
+    def __init__(self, depth: int, *, num_classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "A") -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6 or shortcut not in ("A", "B"):
             raise UserError(
@@ -68,7 +68,7 @@ class CifarResNet(nn.Module):
         self.layer1 = self._stage(blocks, 16, 16, 1, shortcut)
         self.layer2 = self._stage(blocks, 16, 32, 2, shortcut)
         self.layer3 = self._stage(blocks, 32, 64, 2, shortcut)
-        self.linear = nn.Linear(64, classes)
+        self.linear = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
@@ -79,16 +79,16 @@ class CifarResNet(nn.Module):
         return nn.Sequential(first, *(_Block(outputs, outputs, 1, shortcut) for _ in range(blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> logits [N, classes]."""
+        """[N, in_channels, H, W] -> logits [N, num_classes]."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.layer3(self.layer2(self.layer1(y)))
         return self.linear(torch.flatten(F.adaptive_avg_pool2d(y, 1), 1))
 
 
-def cifar_resnet(depth: int, *, classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "A") -> CifarResNet:
+def cifar_resnet(depth: int, *, num_classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "A") -> CifarResNet:
     """A `CifarResNet`, freshly initialised.
 
     Raises:
         UserError: the depth is not 6n + 2, or the shortcut is neither "A" nor "B".
     """
-    return CifarResNet(depth, classes=classes, in_channels=in_channels, shortcut=shortcut)
+    return CifarResNet(depth, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)

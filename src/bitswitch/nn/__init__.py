@@ -4,11 +4,12 @@ from bitswitch.nn.layers import QuantizedLayer
 from bitswitch.nn.norm import SwitchableBatchNorm
 from bitswitch.nn.plan import Plan, apply, freeze, plan_of
 from bitswitch.nn.quantize import quantize
-from bitswitch.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer
 from bitswitch.nn.switch import assignment, quantized_layers, switch, switched, widths
 
 __all__ = [
     "ActivationQuantizer",
+    "PerWidthWeightQuantizer",
     "Plan",
     "QuantizedLayer",
     "SwitchableBatchNorm",

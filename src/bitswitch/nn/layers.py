@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitswitch.codes import narrow
-from bitswitch.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer
 
 Self = TypeVar("Self", bound="QuantizedLayer")
 
@@ -24,12 +24,17 @@ class QuantizedLayer(nn.Module):
     bias: Any
     codes: Tensor | None
     width: int
-    weight_quantizer: WeightQuantizer
+    weight_quantizer: Any  # a WeightQuantizer, or a PerWidthWeightQuantizer in comparisons
     input_quantizer: ActivationQuantizer
     _errors: Mapping[int, float]
 
     @classmethod
-    def from_float(cls: type[Self], layer: nn.Module, weights: WeightQuantizer, inputs: ActivationQuantizer) -> Self:
+    def from_float(
+        cls: type[Self],
+        layer: nn.Module,
+        weights: WeightQuantizer | PerWidthWeightQuantizer,
+        inputs: ActivationQuantizer,
+    ) -> Self:
         """Take over a float layer's parameters, options and hooks. The float layer must not be used afterwards."""
         self = cls.__new__(cls)
         self.__dict__.update(layer.__dict__)

@@ -9,7 +9,7 @@ from torch import nn
 from bitswitch.errors import UserError
 from bitswitch.nn.layers import QUANTIZED, MultiheadAttention, QuantizedLayer
 from bitswitch.nn.norm import BATCH_NORMS, SwitchableBatchNorm
-from bitswitch.nn.quantizers import ActivationQuantizer, InputKind, ScaleForm, WeightQuantizer
+from bitswitch.nn.quantizers import ActivationQuantizer, InputKind, Method, ScaleForm, weight_quantizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class Plan:
         widths: candidate widths, highest first.
         layers: {layer to quantize: the kind of its input}, in the order in which the layers run.
         norms: {batch normalization: the quantized layer whose width it follows}.
+        method: how weights are quantized.
         per_channel: one weight scale per output channel.
         scale_form: whether scales or their logarithms are learned.
         lsq_factor: whether scale gradients are multiplied by 1 / sqrt(N Qp).
@@ -28,6 +29,7 @@ class Plan:
     widths: tuple[int, ...]
     layers: Mapping[str, InputKind]
     norms: Mapping[str, str]
+    method: Method
     per_channel: bool
     scale_form: ScaleForm
     lsq_factor: bool
@@ -42,18 +44,17 @@ class Plan:
         return cls(**dict(value) | {"widths": tuple(value["widths"])})
 
 
-def replace_attention(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """Replace every nn.MultiheadAttention that can be replaced, and keep torch's encoder layers off their fused path.
+def replace_attention(model: nn.Module) -> list[str]:
+    """Replace every nn.MultiheadAttention that can be replaced, in place; keep encoder layers off their fused path.
 
     Returns:
-        (the model, the names of those that cannot be replaced).
+        The names of those that cannot be replaced.
     """
-    equals: dict[nn.Module, nn.Module] = {}
     refused: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if type(module) is nn.MultiheadAttention:
             if MultiheadAttention.supports(module):
-                equals[module] = MultiheadAttention(module)
+                _become(module, MultiheadAttention(module))
             else:
                 refused.append(name)
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -61,17 +62,13 @@ def replace_attention(model: nn.Module) -> tuple[nn.Module, list[str]]:
             module.activation_relu_or_gelu = 0
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-    return _replace(model, equals), refused
+    return refused
 
 
-def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put every module of `new` in its old one's place, wherever that is used."""
-    for parent in list(model.modules()):
-        # Not named_children: it leaves out the second use of a shared module.
-        for name, child in parent._modules.items():
-            if child is not None and child in new:
-                parent._modules[name] = new[child]
-    return new.get(model, model)
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Make `module` what `other` is, in place, so that all who hold it, plain lists too, hold the new one."""
+    module.__class__ = type(other)
+    module.__dict__ = other.__dict__
 
 
 def apply(model: nn.Module, plan: Plan) -> nn.Module:
@@ -82,27 +79,25 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         plan: what to swap.
 
     Returns:
-        The model (another object only where the model itself is a layer that is swapped).
+        The model.
 
     Raises:
         UserError: the model is not of the architecture that the plan was made for.
     """
-    model, _ = replace_attention(model)
+    replace_attention(model)
     modules = dict(model.named_modules())
     for name in (*plan.layers, *plan.norms, *plan.norms.values()):
         if name not in modules:
             raise UserError(
                 f"this {type(model).__name__} is another network than the one quantized: it has no {name!r}"
             )
-    layers: dict[str, QuantizedLayer] = {}
     for name, kind in plan.layers.items():
-        layers[name] = _quantized(name, modules[name], kind, plan)
-    norms: dict[nn.Module, nn.Module] = {}
+        _become(modules[name], _quantized(name, modules[name], kind, plan))
     for name, follows in plan.norms.items():
-        if not isinstance(modules[name], BATCH_NORMS) or follows not in layers:
+        layer = modules[follows]
+        if not isinstance(modules[name], BATCH_NORMS) or not isinstance(layer, QuantizedLayer):
             raise UserError(f"this {type(model).__name__} is another network than the one quantized: see {name!r}")
-        norms[modules[name]] = SwitchableBatchNorm(modules[name], plan.widths, layers[follows])
-    model = _replace(model, {modules[name]: layer for name, layer in layers.items()} | norms)
+        _become(modules[name], SwitchableBatchNorm(modules[name], plan.widths, layer))
     model.bitswitch_plan = plan  # type: ignore[assignment]
     return model
 
@@ -127,7 +122,7 @@ def _quantized(name: str, module: nn.Module, kind: InputKind, plan: Plan) -> Qua
     weight: Any = module.weight
     shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if plan.per_channel else ()
     options: dict[str, Any] = {"form": plan.scale_form, "lsq_factor": plan.lsq_factor}
-    weights = WeightQuantizer(plan.widths, shape, **options)
+    weights = weight_quantizer(plan.method, plan.widths, shape, **options)
     inputs = ActivationQuantizer(plan.widths, kind, **options)
     return QUANTIZED[type(module)].from_float(
         module, weights.to(weight.device, weight.dtype), inputs.to(weight.device, weight.dtype)

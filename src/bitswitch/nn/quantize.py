@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from bitswitch.codes import check_widths
 from bitswitch.errors import UserError, nearest
 from bitswitch.nn.layers import QUANTIZED, QuantizedLayer
 from bitswitch.nn.plan import Plan, apply, replace_attention
-from bitswitch.nn.quantizers import InputKind, ScaleForm, input_range
+from bitswitch.nn.quantizers import InputKind, Method, ScaleForm, input_range
 from bitswitch.nn.trace import Trace, trace
-from bitswitch.numerics import start_activation_scales, start_weight_scale
+from bitswitch.numerics import start_activation_scales
 
 # Modules with a matrix of weights that are not swapped, and that a user would want to hear of.
 _NOT_SWAPPED = (
@@ -31,6 +31,7 @@ def quantize(
     bits: Sequence[int] = (8, 6, 4, 2),
     keep: Sequence[str] = (),
     keep_first_last: bool = True,
+    method: Method = "double_rounding",
     per_channel: bool = False,
     scale_form: ScaleForm = "log",
     lsq_factor: bool = True,
@@ -48,6 +49,8 @@ def quantize(
         bits: bit-widths from 2 to 8, highest first.
         keep: layers that stay float, as names or patterns ("blocks.*.fc1"), on top of the first and the last.
         keep_first_last: keep the first and the last layer that run float, as the paper does.
+        method: "double_rounding"; or, to compare with, "per_width" (a weight scale for each width), "lsq", "adabits",
+            "bit_mixer": these keep float weights and cannot be saved.
         per_channel: one weight scale per output channel instead of one per tensor.
         scale_form: learn the logarithm of each scale ("log"), or the scale itself ("raw").
         lsq_factor: multiply scale gradients by 1 / sqrt(N Qp) (LSQ).
@@ -59,18 +62,29 @@ def quantize(
         UserWarning: names what stays float although it looks quantizable, and why.
 
     Raises:
-        UserError: bad widths, a pattern that matches nothing, weights or activations that are not finite, or no layer
-            left to quantize (a ValueError).
+        UserError: bad widths or options, a model that is already quantized, a pattern that matches nothing, weights or
+            activations that are not finite, or no layer left to quantize (a ValueError).
     """
     widths = check_widths(bits)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    copied, refused = replace_attention(copy.deepcopy(model))
+    if not isinstance(example_inputs, (Tensor, tuple)):
+        raise UserError(f"example_inputs is a {type(example_inputs).__name__}: give a tensor, or a tuple of arguments")
+    if method not in get_args(Method):
+        raise UserError(
+            f"method={method!r}{nearest(str(method), get_args(Method))}; there are {', '.join(get_args(Method))}"
+        )
+    if scale_form not in get_args(ScaleForm):
+        raise UserError(f"scale_form={scale_form!r}: use 'log' or 'raw'")
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        raise UserError(f"this {type(model).__name__} is already quantized: quantize the float network")
+    copied = copy.deepcopy(model)
+    refused = replace_attention(copied)
     named = dict(copied.named_modules())
     candidates = {name: m for name, m in named.items() if type(m) in QUANTIZED and _has_own_weight(m)}
     kept = _matching(keep, named)
     seen = trace(copied, inputs, candidates)
     running = [name for name in seen.order if name not in seen.read_elsewhere]
-    ends = {running[0], running[-1]} if keep_first_last and running else set()
+    ends = {seen.order[0], seen.order[-1]} if keep_first_last and running else set()
     chosen = [name for name in running if name not in kept and name not in ends]
     _warn_of_the_rest(named, chosen, kept | ends, seen, refused)
     if not chosen:
@@ -83,6 +97,7 @@ def quantize(
         widths=widths,
         layers={name: kind for name, (kind, _, _) in starts.items()},
         norms=_followed(seen, chosen),
+        method=method,
         per_channel=per_channel,
         scale_form=scale_form,
         lsq_factor=lsq_factor,
@@ -151,8 +166,7 @@ def _start(name: str, layer: QuantizedLayer, scales: Tensor, offsets: Tensor | N
     assert weight is not None
     if not bool(weight.isfinite().all()):
         raise UserError(f"the weight of layer {name!r} is not finite: check the model that you quantize")
-    per_channel = layer.weight_quantizer.scale_parameter.dim() > 0
-    layer.weight_quantizer.set_scale(start_weight_scale(weight, layer.widths, per_channel=per_channel))
+    layer.weight_quantizer.start(weight)
     for i, width in enumerate(layer.widths):
         layer.input_quantizer.set_scale(width, scales[i], None if offsets is None else offsets[i])
 

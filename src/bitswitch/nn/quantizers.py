@@ -12,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from bitswitch.codes import signed_range, unsigned_range
-from bitswitch.numerics import bounded, double_round, learned_step, weight_codes
+from bitswitch.errors import UserError
+from bitswitch.numerics import Narrowing, bounded, double_round, learned_step, start_weight_scale, weight_codes
 from bitswitch.numerics.scales import GREATEST_SCALE, LEAST_SCALE
 
 InputKind = Literal["unsigned", "signed", "zero_point"]
 ScaleForm = Literal["raw", "log"]
+# "double_rounding" is the method; "per_width" is the paper's variant with one weight scale for each width; "lsq", "adabits"
+# and "bit_mixer" are the rivals of its figure 2. All but the first keep a float master and cannot be saved as an artifact.
+Method = Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer"]
+_NARROWINGS: dict[Method, Narrowing] = {
+    "double_rounding": "half_up",
+    "adabits": "floor",
+    "bit_mixer": "floor_symmetric",
+}
 
 
 def input_range(kind: InputKind, bits: int) -> tuple[int, int]:
@@ -42,20 +51,28 @@ class _Quantizer(nn.Module):
 
 
 class WeightQuantizer(_Quantizer):
-    """Double rounding with one shared scale `s_h` for all widths (arXiv 2502.01199, section 3).
+    """One shared scale `s_h` for all widths, lower widths derived from the codes of the highest.
 
     Args:
         widths: candidate widths, highest first.
         shape: the scale's shape: () per tensor, or [out, 1, ...] per channel.
+        method: "double_rounding" (arXiv 2502.01199, section 3), or the rivals "adabits" and "bit_mixer".
         form: what is learned, the scale or its logarithm.
         lsq_factor: multiply scale gradients by 1 / sqrt(N Qp).
     """
 
     def __init__(
-        self, widths: tuple[int, ...], shape: Sequence[int], *, form: ScaleForm = "log", lsq_factor: bool = True
+        self,
+        widths: tuple[int, ...],
+        shape: Sequence[int],
+        *,
+        method: Method = "double_rounding",
+        form: ScaleForm = "log",
+        lsq_factor: bool = True,
     ) -> None:
         super().__init__(form)
         self.widths = widths
+        self.narrowing = _NARROWINGS[method]
         self.lsq_factor = lsq_factor
         self.scale_parameter = nn.Parameter(self._parameter_from(torch.ones(tuple(shape))))
 
@@ -64,22 +81,118 @@ class WeightQuantizer(_Quantizer):
         """The width of the stored codes."""
         return self.widths[0]
 
+    @property
+    def per_channel(self) -> bool:
+        """Whether every output channel has a scale of its own."""
+        return self.scale_parameter.dim() > 0
+
     def scale(self) -> Tensor:
         """`s_h`, always positive and finite."""
         return self._positive(self.scale_parameter)
 
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer of scales moves."""
+        return [self.scale_parameter]
+
     @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:
-        """Start at `scale`."""
+        """Go on from `scale`."""
         self.scale_parameter.copy_(self._parameter_from(scale))
 
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Start where the error over all widths is least."""
+        self.set_scale(start_weight_scale(weight, self.widths, per_channel=self.per_channel, narrowing=self.narrowing))
+
     def codes(self, weight: Tensor) -> Tensor:
-        """The stored integers q_h of `weight`: int8, the same shape."""
+        """The stored integers q_h of `weight`: int8, the same shape.
+
+        Raises:
+            UserError: a rival's codes do not narrow as an artifact's do.
+        """
+        if self.narrowing != "half_up":
+            raise UserError("only double_rounding can be stored as integers: this method is for comparison")
         return weight_codes(weight, self.scale(), self.high)
 
     def forward(self, weight: Tensor, width: int) -> Tensor:
         """`weight` as it is at `width` bits, float, with gradients to itself and to the scale."""
-        return double_round(weight, self.scale(), high=self.high, low=width, lsq_factor=self.lsq_factor)
+        return double_round(
+            weight,
+            self.scale(),
+            high=self.high,
+            low=width,
+            narrowing=self.narrowing,
+            lsq_factor=self.lsq_factor,
+        )
+
+
+class PerWidthWeightQuantizer(_Quantizer):
+    """A scale for every width, over float weights that are kept: for comparison, not for storage.
+
+    Args:
+        widths: candidate widths, highest first.
+        shape: the scale's shape: () per tensor, or [out, 1, ...] per channel.
+        method: "per_width" rounds half up, as double rounding does (the paper's variant); "lsq" half to even.
+        form: what is learned, the scales or their logarithms.
+        lsq_factor: multiply scale gradients by 1 / sqrt(N Qp).
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        shape: Sequence[int],
+        *,
+        method: Method,
+        form: ScaleForm = "log",
+        lsq_factor: bool = True,
+    ) -> None:
+        super().__init__(form)
+        self.widths = widths
+        self.method = method
+        self.lsq_factor = lsq_factor
+        self.scale_parameter = nn.ParameterDict(
+            {str(w): self._parameter_from(torch.ones(tuple(shape))) for w in widths}
+        )
+
+    @property
+    def high(self) -> int:
+        """The highest width."""
+        return self.widths[0]
+
+    def scale_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer of scales moves."""
+        return list(self.scale_parameter.values())
+
+    @torch.no_grad()
+    def start(self, weight: Tensor) -> None:
+        """Start every width where its own error is least."""
+        for width in self.widths:
+            parameter = self.scale_parameter[str(width)]
+            scale = start_weight_scale(weight, (width,), per_channel=parameter.dim() > 0)
+            parameter.copy_(self._parameter_from(scale))
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """There are none to store.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{self.method} keeps float weights and cannot be stored as integers: it is for comparison")
+
+    def forward(self, weight: Tensor, width: int) -> Tensor:
+        """`weight` as it is at `width` bits, float, with gradients to itself and to the width's scale."""
+        scale = self._positive(self.scale_parameter[str(width)])
+        if self.method == "lsq":
+            return learned_step(weight, scale, bounds=signed_range(width), lsq_factor=self.lsq_factor)
+        return double_round(weight, scale, high=width, low=width, lsq_factor=self.lsq_factor)
+
+
+def weight_quantizer(
+    method: Method, widths: tuple[int, ...], shape: Sequence[int], *, form: ScaleForm, lsq_factor: bool
+) -> WeightQuantizer | PerWidthWeightQuantizer:
+    """The quantizer of a method."""
+    kind = WeightQuantizer if method in _NARROWINGS else PerWidthWeightQuantizer
+    return kind(widths, shape, method=method, form=form, lsq_factor=lsq_factor)
 
 
 class ActivationQuantizer(_Quantizer):
@@ -106,17 +219,23 @@ class ActivationQuantizer(_Quantizer):
         """The scale of a width, always positive and finite."""
         return self._positive(self.scale_parameter[str(width)])
 
+    def offset_at(self, width: int) -> Tensor | None:
+        """The offset of a width, never NaN; None where there is no zero-point."""
+        if self.kind != "zero_point":
+            return None
+        return bounded(self.offset[str(width)], -GREATEST_SCALE, GREATEST_SCALE)
+
     @torch.no_grad()
     def set_scale(self, width: int, scale: Tensor, offset: Tensor | None = None) -> None:
-        """Start a width at `scale` (and `offset`)."""
+        """Go on from `scale` (and `offset`) at a width."""
         self.scale_parameter[str(width)].copy_(self._parameter_from(scale))
         if offset is not None:
             self.offset[str(width)].copy_(offset)
 
     def forward(self, x: Tensor, width: int) -> Tensor:
         """`x` as it is at `width` bits, with gradients to itself, to the width's scale and to its offset."""
-        offset = self.offset[str(width)] if self.kind == "zero_point" else None
         bounds = input_range(self.kind, width)
+        offset = self.offset_at(width)
         return learned_step(x, self.scale(width), bounds=bounds, offset=offset, lsq_factor=self.lsq_factor)
 
     def extra_repr(self) -> str:

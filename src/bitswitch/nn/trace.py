@@ -1,8 +1,9 @@
 """One example forward, watched: which layers run, in which order, on what data, and what flows where."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bitswitch.nn.norm import BATCH_NORMS
 from bitswitch.numerics.scales import sample
 
-_PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d}
+_PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.mm, torch.bmm, torch.matmul, torch.einsum} | {
+    *(Tensor.mm, Tensor.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__)
+}
 
 
 @dataclass
@@ -76,6 +80,11 @@ class _Flow(TorchFunctionMode):
         return self.trace.order[self.last[tensor]] if tensor in self.last else None
 
 
+def _before(module: nn.Module, call: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> RemovableHandle:
+    """Call with the arguments of every forward, positional and by keyword."""
+    return module.register_forward_pre_hook(lambda _, args, kwargs: call(args, kwargs), with_kwargs=True)
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode is restored."""
@@ -104,25 +113,27 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], watched: Mapping[st
     others = {id(p): name for name, p in model.named_parameters() if id(p) not in weights}
     flow = _Flow(seen, weights, others)
 
-    def before(name: str, args: tuple[Any, ...]) -> None:
+    def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in seen.order:
             seen.order.append(name)
         flow.inside.append(name)
-        kept = sample(args[0])[0]
+        kept = sample(args[0] if args else next(iter(kwargs.values())))[0]
         seen.inputs[name] = torch.cat([seen.inputs[name], kept]) if name in seen.inputs else kept
 
     def after(name: str, output: Tensor) -> None:
         flow.inside.pop()
         flow.mark([output], seen.order.index(name))
 
+    def note_ancestor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.ancestors.setdefault(name, flow.ancestor(args[0] if args else next(iter(kwargs.values()))))
+
     with ExitStack() as stack:
         for name, layer in watched.items():
-            stack.callback(layer.register_forward_pre_hook(lambda _m, a, name=name: before(name, a)).remove)
+            stack.callback(_before(layer, partial(before, name)).remove)
             stack.callback(layer.register_forward_hook(lambda _m, _a, out, name=name: after(name, out)).remove)
         for name, module in model.named_modules():
             if isinstance(module, BATCH_NORMS):
-                hook = lambda _m, a, name=name: seen.ancestors.setdefault(name, flow.ancestor(a[0]))  # noqa: E731
-                stack.callback(module.register_forward_pre_hook(lambda m, a, h=hook: (h(m, a), None)[1]).remove)
+                stack.callback(_before(module, partial(note_ancestor, name)).remove)
         stack.enter_context(_evaluating(model))
         stack.enter_context(flow)
         model(*example_inputs)

@@ -5,12 +5,16 @@ half up, as `codes.narrow` does; activations round half to even, as ONNX's Quant
 what they need from their own input, which autograd keeps anyway, instead of saving float copies.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bitswitch.codes import narrow, signed_range
+
+# How codes of the highest width become codes of a lower one: "half_up" is the law of `codes.narrow`; the others are the
+# rivals that the paper compares with.
+Narrowing = Literal["half_up", "floor", "floor_symmetric"]
 
 
 def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -33,34 +37,64 @@ def _lsq_factor(elements: int, shared_by: int, greatest: int, enabled: bool) -> 
     return (elements / shared_by * greatest) ** -0.5 if enabled and elements else 1.0
 
 
-class _DoubleRound(torch.autograd.Function):
+def narrowed_codes(weight: Tensor, scale: Tensor, *, high: int, low: int, narrowing: Narrowing = "half_up") -> Tensor:
+    """Codes of `low` bits, derived from those of `high` bits: int8, the shape of `weight`.
+
+    "half_up": `codes.narrow`. "floor" (AdaBits): `floor(q_h / 2^D)`. "floor_symmetric" (Bit-Mixer): the same, the lowest
+    code of either width dropped, so that codes of b bits lie in [-(2^(b-1) - 1), 2^(b-1) - 1].
+    """
+    codes = weight_codes(weight, scale, high)
+    if narrowing == "half_up":
+        return narrow(codes, high, low)
+    if narrowing == "floor":
+        return codes >> (high - low)
+    return (codes.clamp(min=code_range(high, narrowing)[0]) >> (high - low)).clamp(min=code_range(low, narrowing)[0])
+
+
+def code_range(bits: int, narrowing: Narrowing) -> tuple[int, int]:
+    """The least and the greatest weight code of a width."""
+    least, greatest = signed_range(bits)
+    return (-greatest if narrowing == "floor_symmetric" else least), greatest
+
+
+class _NarrowedWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, high: int, low: int, lsq_factor: bool) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, scale: Tensor, high: int, low: int, narrowing: Narrowing, lsq_factor: bool
+    ) -> Tensor:
         ctx.save_for_backward(weight, scale)
-        ctx.high, ctx.low, ctx.lsq_factor = high, low, lsq_factor
-        codes = narrow(weight_codes(weight, scale, high), high, low)
+        ctx.high, ctx.low, ctx.narrowing, ctx.lsq_factor = high, low, narrowing, lsq_factor
+        codes = narrowed_codes(weight, scale, high=high, low=low, narrowing=narrowing)
         # An integer cannot carry a NaN on to the loss; adding 0 * W does, and changes no finite result.
         return (codes * (scale * 2 ** (high - low))).add_(weight * 0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (gradient,) = gradients
         weight, scale = ctx.saved_tensors
         ratio = 2 ** (ctx.high - ctx.low)
-        least, greatest = signed_range(ctx.low)
+        least, greatest = code_range(ctx.low, ctx.narrowing)
         v = weight / (scale * ratio)
         inside = (v >= least) & (v <= greatest)
         grad_weight = gradient * inside if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            q = narrow(weight_codes(weight, scale, ctx.high), ctx.high, ctx.low)
+            q = narrowed_codes(weight, scale, high=ctx.high, low=ctx.low, narrowing=ctx.narrowing)
             per_element = gradient * torch.where(inside, q - v, v.clamp(least, greatest))
             factor = _lsq_factor(weight.numel(), scale.numel(), greatest, ctx.lsq_factor)
             grad_scale = per_element.sum_to_size(scale.shape) * (ratio * factor)
-        return grad_weight, grad_scale, None, None, None
+        return grad_weight, grad_scale, None, None, None, None
 
 
-def double_round(weight: Tensor, scale: Tensor, *, high: int, low: int, lsq_factor: bool = True) -> Tensor:
+def double_round(
+    weight: Tensor,
+    scale: Tensor,
+    *,
+    high: int,
+    low: int,
+    narrowing: Narrowing = "half_up",
+    lsq_factor: bool = True,
+) -> Tensor:
     """Weights at `low` bits, from the codes of `high` bits: `W_l = narrow(q_h) * s_h * 2^(h-l)`.
 
     Gradients: to the weights, straight through where `v = W / (s_h 2^(h-l))` lies within the range of `low` bits, else 0;
@@ -72,12 +106,13 @@ def double_round(weight: Tensor, scale: Tensor, *, high: int, low: int, lsq_fact
         scale: `s_h`, positive, same dtype, a scalar or a shape that broadcasts against `weight`.
         high: the width of the stored codes, h.
         low: the width wanted, l.
+        narrowing: "half_up", or a rival's rule in its place; see `narrowed_codes`.
         lsq_factor: multiply the scale's gradient by `1 / sqrt(N Qp)`, N the elements that share a scale, Qp = 2^(l-1) - 1.
 
     Returns:
         Float weights of the same shape and dtype, each a whole multiple of `s_h 2^(h-l)`. NaN where the weight is NaN.
     """
-    return _DoubleRound.apply(weight, scale, high, low, lsq_factor)
+    return _NarrowedWeight.apply(weight, scale, high, low, narrowing, lsq_factor)
 
 
 def zero_point(offset: Tensor, scale: Tensor, greatest: int) -> Tensor:
@@ -109,15 +144,16 @@ class _LearnedStep(torch.autograd.Function):
         least, greatest = ctx.bounds
         step = scale.to(wide)
         v = x.to(wide).div(step)
+        # Before the zero-point is added, as in forward: an odd one would turn ties the other way.
+        nearest = v.round()
         if offset is not None:
-            v = v.add_(zero_point(offset.to(wide), step, greatest))
+            shift = zero_point(offset.to(wide), step, greatest)
+            v, nearest = v.add_(shift), nearest.add_(shift)
         inside = (v >= least) & (v <= greatest)
         grad_x = gradient * inside if ctx.needs_input_grad[0] else None
         grad_scale = grad_offset = None
         if ctx.needs_input_grad[1]:
-            # Within the range the clamp does nothing after the rounding; outside, rounding a bound does nothing.
-            rounded = v.round().clamp_(least, greatest)
-            per_element = torch.where(inside, rounded - v, rounded).mul_(gradient)
+            per_element = torch.where(inside, nearest - v, nearest.clamp(least, greatest)).mul_(gradient)
             factor = _lsq_factor(x.numel(), scale.numel(), greatest, ctx.lsq_factor)
             grad_scale = per_element.sum_to_size(scale.shape).mul_(factor).to(scale.dtype)
         if offset is not None and ctx.needs_input_grad[2]:

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitswitch.codes import narrow
-from bitswitch.numerics.fake_quantize import weight_codes
+from bitswitch.numerics.fake_quantize import Narrowing, narrowed_codes
 
 # A power of two far from every scale that a network uses, whose product with 2^6 is still an ordinary float32.
 LEAST_SCALE = 2.0**-30
@@ -55,7 +54,9 @@ def _relative_to_least(errors: Tensor) -> Tensor:
     return errors / errors.amin(0).clamp_min(torch.finfo(errors.dtype).tiny)
 
 
-def start_weight_scale(weight: Tensor, widths: Sequence[int], *, per_channel: bool = False) -> Tensor:
+def start_weight_scale(
+    weight: Tensor, widths: Sequence[int], *, per_channel: bool = False, narrowing: Narrowing = "half_up"
+) -> Tensor:
     """The shared scale `s_h` that serves all candidate widths best.
 
     Of a fine geometric grid, the scale with the least `sum over l of E_l(s) / min_s E_l(s)`, where
@@ -65,6 +66,7 @@ def start_weight_scale(weight: Tensor, widths: Sequence[int], *, per_channel: bo
         weight: float weights, [out, ...].
         widths: candidate widths, highest first.
         per_channel: one scale for each index of the first axis.
+        narrowing: how lower widths are derived.
 
     Returns:
         A scalar tensor, or [out, 1, ...] per channel; 2^(1-h) where all weights are 0.
@@ -74,21 +76,20 @@ def start_weight_scale(weight: Tensor, widths: Sequence[int], *, per_channel: bo
     x = sample(weight, rows)
     peak = x.abs().amax(1, keepdim=True)
     candidates = _grid(torch.where(peak > 0, peak, 1.0) * 2.0 ** (1 - high), 5, 2)
-    scores = torch.stack([_weight_errors(x, candidates, high, width) for width in widths], 1)
+    scores = torch.stack([_weight_errors(x, candidates, high, width, narrowing) for width in widths], 1)
     best = _relative_to_least(scores).sum(1).argmin(0)
     scale = candidates[best, torch.arange(rows, device=x.device), 0]
     scale = torch.where(peak[:, 0] > 0, scale, 2.0 ** (1 - high)).clamp(LEAST_SCALE, GREATEST_SCALE).to(weight.dtype)
     return scale.view(-1, *[1] * (weight.dim() - 1)) if per_channel else scale.view(())
 
 
-def _weight_errors(x: Tensor, candidates: Tensor, high: int, low: int) -> Tensor:
+def _weight_errors(x: Tensor, candidates: Tensor, high: int, low: int, narrowing: Narrowing) -> Tensor:
     """||W_l(s) - W||^2 for every candidate and row: [candidates, rows]."""
-    return torch.stack(
-        [
-            (narrow(weight_codes(x, s, high), high, low) * (s * 2 ** (high - low)) - x).square_().sum(1)
-            for s in candidates
-        ]
-    )
+    errors = []
+    for scale in candidates:
+        codes = narrowed_codes(x, scale, high=high, low=low, narrowing=narrowing)
+        errors.append((codes * (scale * 2 ** (high - low)) - x).square_().sum(1))
+    return torch.stack(errors)
 
 
 def start_activation_scales(

@@ -1,5 +1,7 @@
 """Signal to quantization noise."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,4 +13,4 @@ def sqnr(signal: Tensor, approximation: Tensor) -> float:
     """
     signal = signal.detach().double()
     noise = (signal - approximation.detach().double()).square().sum()
-    return float(10 * torch.log10(signal.square().sum() / noise))
+    return float(10 * torch.log10(signal.square().sum() / noise)) if noise else math.inf

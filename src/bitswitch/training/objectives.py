@@ -1,5 +1,6 @@
 """What one training step does to one batch."""
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitswitch.nn import switched
+from bitswitch.training.distillation import Distillation
+from bitswitch.training.engine import Engine
 from bitswitch.training.optimizer import MultiPrecisionOptimizer
 
 Order = Literal["each", "accumulate"]
@@ -36,12 +39,17 @@ class FloatObjective:
         lr: learning rate at the top of the schedule.
         momentum: of SGD.
         weight_decay: of SGD.
+        engine: how to compute.
     """
 
     names: tuple[str, ...] = ("float",)
 
-    def __init__(self, model: nn.Module, *, lr: float, momentum: float, weight_decay: float) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, *, lr: float, momentum: float, weight_decay: float, engine: Engine | None = None
+    ) -> None:
+        self.engine = engine or Engine()
+        self.model = self.engine.place(model)
+        self.forward = self.engine.forward_of(model)
         self.lr = lr
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
@@ -51,11 +59,15 @@ class FloatObjective:
         """One SGD step; the loss, [1]."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        loss = F.cross_entropy(self.model(x), y)
-        loss.backward()
+        total = x.new_zeros(())
+        for images, labels in self.engine.parts(x, y):
+            loss = F.cross_entropy(self.forward(images), labels) / self.engine.micro_batches
+            loss.backward()
+            total = total + loss.detach()
+        self.engine.finish_gradients(self.model)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach().view(1)
+        return total.view(1)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state."""
@@ -74,28 +86,79 @@ class JointObjective:
         optimizer: for the same model.
         order: "each" steps after every width's backward (the paper); "accumulate" sums the gradients of all widths and
             steps once (the conventional way).
+        distillation: who teaches.
+        teacher: the float network, in eval mode, where distillation says "float".
+        engine: how to compute.
+        on_gradients: called with the width before every step of it, while the gradients are there.
     """
 
-    def __init__(self, model: nn.Module, optimizer: MultiPrecisionOptimizer, order: Order = "each") -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: MultiPrecisionOptimizer,
+        order: Order = "each",
+        *,
+        distillation: Distillation | None = None,
+        teacher: nn.Module | None = None,
+        engine: Engine | None = None,
+        on_gradients: Callable[[int], None] | None = None,
+    ) -> None:
+        self.engine = engine or Engine()
+        self.model = self.engine.place(model)
+        self.forward = self.engine.forward_of(model)
         self.optimizer = optimizer
         self.order = order
+        self.distillation = distillation or Distillation()
+        if (teacher is None) == (self.distillation.teacher == "float"):
+            raise ValueError("a float teacher is given exactly where distillation asks for one")
+        self.teach = None if teacher is None else self.engine.forward_of(self.engine.place(teacher.eval()))
+        self.on_gradients = on_gradients
         self.names = tuple(str(width) for width in optimizer.widths)
 
     def step(self, x: Tensor, y: Tensor, factor: float) -> Tensor:
         """One joint step; the losses, [widths]."""
         self.optimizer.factor = factor
+        parts = list(self.engine.parts(x, y))
+        taught = self._float_logits(parts)
         losses = []
         for width in self.optimizer.widths:
-            with switched(self.model, width):
-                loss = F.cross_entropy(self.model(x), y)
-                loss.backward()
-            losses.append(loss.detach())
+            loss, logits = self._backward(width, parts, taught)
+            losses.append(loss)
+            if self.distillation.teacher == "highest" and width == self.optimizer.widths[0]:
+                taught = logits
             if self.order == "each":
-                self.optimizer.step(width)
+                self._step(width)
         if self.order == "accumulate":
-            self.optimizer.step()
+            self._step(None)
         return torch.stack(losses)
+
+    def _float_logits(self, parts: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+        if self.teach is None:
+            return [None] * len(parts)
+        with torch.no_grad():
+            return [self.teach(images) for images, _ in parts]
+
+    def _backward(
+        self, width: int, parts: list[tuple[Tensor, Tensor]], taught: list[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients of one width on all micro-batches: the mean loss and the logits, detached."""
+        total = parts[0][0].new_zeros(())
+        all_logits: list[Tensor | None] = []
+        with switched(self.model, width):
+            for (images, labels), teacher in zip(parts, taught, strict=True):
+                logits = self.forward(images)
+                loss = self.distillation.loss(logits, labels, teacher) / len(parts)
+                loss.backward()
+                total = total + loss.detach()
+                all_logits.append(logits.detach())
+        return total, all_logits
+
+    def _step(self, width: int | None) -> None:
+        self.engine.finish_gradients(self.model)
+        if self.on_gradients is not None:
+            for one in self.optimizer.widths if width is None else (width,):
+                self.on_gradients(one)
+        self.optimizer.step(width)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizers' state."""

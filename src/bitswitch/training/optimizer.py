@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitswitch.errors import UserError
-from bitswitch.nn import ActivationQuantizer, WeightQuantizer, quantized_layers
+from bitswitch.nn import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer, quantized_layers
 from bitswitch.training.alrs import AlrsForm, adapted_rate, paper_eta
 
 
@@ -32,7 +32,7 @@ class MultiPrecisionOptimizer:
         factor: what a schedule multiplies every learning rate by; 1 at first.
 
     Raises:
-        UserError: the model has no quantized layers, or eta misses a width.
+        UserError: the model has no quantized layers or nothing to train, or eta misses a width.
     """
 
     def __init__(
@@ -56,6 +56,10 @@ class MultiPrecisionOptimizer:
         groups = _scales(model)
         scales = {id(parameter) for group in groups.values() for parameter in group}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]
+        if not any(groups.values()):
+            raise UserError(
+                "this model has no scale to train: a model loaded from an artifact holds codes, not weights"
+            )
         # Fused: one kernel over all parameters, and a learning rate that may be a tensor, so that ALRS waits for nothing.
         self._weights = torch.optim.Adam(rest, lr=lr, weight_decay=weight_decay, fused=True) if rest else None
         self._scales = torch.optim.Adam(
@@ -141,8 +145,8 @@ def _scales(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Scales and offsets by group: "weights", and for each width "inputs <width>" and "offset <width>"."""
     groups: dict[str, list[nn.Parameter]] = {"weights": []}
     for module in model.modules():
-        if isinstance(module, WeightQuantizer):
-            groups["weights"].append(module.scale_parameter)
+        if isinstance(module, (WeightQuantizer, PerWidthWeightQuantizer)):
+            groups["weights"] += module.scale_parameters()
         elif isinstance(module, ActivationQuantizer):
             for width, parameter in module.scale_parameter.items():
                 groups.setdefault(f"inputs {width}", []).append(parameter)

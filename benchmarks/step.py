@@ -1,0 +1,245 @@
+"""What one training step costs, quantized against float, and against brevitas where it is installed. On the CPU.
+
+    python benchmarks/step.py [--pairs 10] [--networks ...] [--dtypes ...] [--quick] [--json OUT.json]
+
+A step is forward, backward and optimizer, at one width. Every quantized step is timed right after a float step of the same
+network on the same batch (A B A B ...); a row gives the median of the pairs' ratios, and their quartiles. Both sides have
+fused Adams; ours has two, and ALRS. Brevitas gets the same layers quantized at 4 bits: before every convolution a QuantReLU
+with a learned scale (all those inputs are outputs of a ReLU already), in it QuantConv2d's own choice of weight scale.
+"""
+
+import argparse
+import copy
+import importlib
+import importlib.util
+import json
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bitswitch as bs
+from bitswitch.models import build
+from bitswitch.pipeline import machine, source_commit
+
+WIDTHS = (8, 4, 2)
+BREVITAS_BITS = 4
+LR, WEIGHT_DECAY = 5e-4, 5e-5
+IMAGE = {"cifar_resnet20": 32, "resnet18": 224}
+CLASSES = {"cifar_resnet20": 10, "resnet18": 1000}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One network on one random batch."""
+
+    network: str
+    batch: int
+    image: int
+    dtype: str
+    memory_format: str
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bfloat16 is autocast, float32 is as it is."""
+        return torch.autocast("cpu", torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
+
+    def backward(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+        """Forward and backward."""
+        with self.autocast():
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+
+
+def plain_step(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> Step:
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
+
+    def step() -> None:
+        case.backward(model, x, y)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def quantized_step(
+    case: Case, model: nn.Module, optimizer: bs.MultiPrecisionOptimizer, width: int, x: Tensor, y: Tensor
+) -> Step:
+    def step() -> None:
+        with bs.switched(model, width):
+            case.backward(model, x, y)
+        optimizer.step(width)
+
+    return step
+
+
+def brevitas_network(model: nn.Module, names: list[str]) -> nn.Module:
+    """A copy of a float network with the named convolutions, and what flows into them, quantized by brevitas."""
+    layers: Any = importlib.import_module("brevitas.nn")
+    quantizers: Any = importlib.import_module("brevitas.quant.scaled_int")
+    model = copy.deepcopy(model)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        conv = model.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d), name
+        swapped = layers.QuantConv2d(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+            bias=conv.bias is not None,
+            weight_bit_width=BREVITAS_BITS,
+        )
+        swapped.weight = conv.weight
+        # MaxInit is the learned scale from the first step on; the default looks at percentiles for its first 300 steps.
+        inputs = layers.QuantReLU(
+            act_quant=quantizers.Uint8ActPerTensorFloatMaxInit, min_val=0.0, max_val=4.0, bit_width=BREVITAS_BITS
+        )
+        setattr(model.get_submodule(parent), child, nn.Sequential(inputs, swapped))
+    return model
+
+
+def sides(case: Case) -> tuple[Step, dict[str, Step]]:
+    """The float step, and the steps that are held against it."""
+    torch.manual_seed(0)
+    classes = CLASSES[case.network]
+    network = build(case.network, {"num_classes": classes}).to(memory_format=FORMATS[case.memory_format])
+    x = torch.randn(case.batch, 3, case.image, case.image).to(memory_format=FORMATS[case.memory_format])
+    y = torch.randint(classes, (case.batch,))
+    model = bs.quantize(network, bits=WIDTHS, example_inputs=x)
+    optimizer = bs.MultiPrecisionOptimizer(model, lr=LR, weight_decay=WEIGHT_DECAY)
+    steps = {f"{width} bits": quantized_step(case, model, optimizer, width, x, y) for width in WIDTHS}
+    if importlib.util.find_spec("brevitas"):
+        rival = brevitas_network(network, list(bs.widths(model)))
+        steps[f"brevitas {BREVITAS_BITS} bits"] = plain_step(case, rival, x, y)
+    return plain_step(case, network, x, y), steps
+
+
+def seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, pairs: int, warmup: int) -> list[dict[str, Any]]:
+    """A row for every step that is held against the float step."""
+    reference, steps = sides(case)
+    for step in (reference, *steps.values()):
+        for _ in range(warmup):
+            step()
+    # Sides in the inner loop, so that a machine that slows down slows all of them.
+    timed: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for _ in range(pairs):
+        for name, step in steps.items():
+            timed[name].append((seconds(reference), seconds(step)))
+    return [summary(case, name, times) for name, times in timed.items()]
+
+
+def summary(case: Case, name: str, times: list[tuple[float, float]]) -> dict[str, Any]:
+    ratios = [side / reference for reference, side in times]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        **vars(case),
+        "step": name,
+        "float_ms": round(1e3 * statistics.median(reference for reference, _ in times), 3),
+        "step_ms": round(1e3 * statistics.median(side for _, side in times), 3),
+        "ratio": round(middle, 3),
+        "ratio_quartiles": [round(low, 3), round(high, 3)],
+        "pairs_ms": [[round(1e3 * reference, 3), round(1e3 * side, 3)] for reference, side in times],
+    }
+
+
+COLUMNS = ["network", "batch", "image", "dtype", "step", "float ms", "step ms", "ratio", "quartiles"]
+
+
+def cells(measured: dict[str, Any]) -> list[Any]:
+    """A line of the table, in the order of COLUMNS."""
+    names = ("network", "batch", "image", "dtype", "step", "float_ms", "step_ms", "ratio")
+    return [*(measured[name] for name in names), "{:.2f}-{:.2f}".format(*measured["ratio_quartiles"])]
+
+
+def show(rows: list[list[Any]]) -> None:
+    line = "{:<16}{:>6}{:>7}  {:<10}{:<16}{:>9}{:>9}{:>7}  {}"
+    print(line.format(*COLUMNS))
+    for row in rows:
+        print(line.format(*(f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row)))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=10, help="float and quantized steps timed, at least 2")
+    parser.add_argument("--networks", nargs="+", choices=IMAGE, default=list(IMAGE))
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--cifar-batch", type=int, default=128)
+    parser.add_argument("--resnet18-batch", type=int, default=8)
+    parser.add_argument("--memory-format", choices=FORMATS, default="contiguous")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--warmup", type=int, default=3, help="steps of each kind that are not timed")
+    parser.add_argument("--quick", action="store_true", help="tiny batches and images: does it run, not how fast")
+    parser.add_argument("--json", type=Path, metavar="PATH")
+    options = parser.parse_args()
+    if options.pairs < 2:
+        parser.error("--pairs: at least 2, or there is no spread")
+    return options
+
+
+def main() -> None:
+    options = parsed()
+    torch.set_num_threads(options.threads)
+    batches = {"cifar_resnet20": options.cifar_batch, "resnet18": options.resnet18_batch}
+    print(f"threads {options.threads}, memory format {options.memory_format}, torch {torch.__version__}, on the CPU")
+    if not importlib.util.find_spec("brevitas"):
+        print("brevitas is not installed: no rows for it")
+    if options.quick:
+        print("--quick: sizes are tiny, the ratios say nothing")
+    measured = []
+    for network in options.networks:
+        for dtype in options.dtypes:
+            case = Case(
+                network=network,
+                batch=4 if options.quick else batches[network],
+                image=32 if options.quick else IMAGE[network],
+                dtype=dtype,
+                memory_format=options.memory_format,
+            )
+            measured += measure(case, options.pairs, 1 if options.quick else options.warmup)
+    rows = [cells(m) for m in measured]
+    show(rows)
+    if options.json:
+        write(options, rows, measured)
+
+
+def write(options: argparse.Namespace, rows: list[list[Any]], measured: list[dict[str, Any]]) -> None:
+    """A result file, as `make results` reads it, with every single time beside the table."""
+    brevitas = getattr(sys.modules.get("brevitas"), "__version__", None)
+    document = {
+        "title": "One training step, quantized against float, on the CPU" + (" (QUICK: NO RESULT)" * options.quick),
+        "command": shlex.join(["python", *sys.argv]),
+        "data": "random",
+        "split": "none",
+        "seeds": [0],
+        "commit": source_commit(),
+        "machine": machine(),
+        "note": f"{options.memory_format}, {options.pairs} pairs, median and quartiles of their ratios; brevitas {brevitas}.",
+        "columns": COLUMNS,
+        "rows": rows,
+        "measured": measured,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

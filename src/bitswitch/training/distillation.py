@@ -1,0 +1,42 @@
+"""Knowledge distillation (Hinton et al., arXiv 1503.02531)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+Teacher = Literal["none", "float", "highest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """Who teaches, and how much it counts.
+
+    Attributes:
+        teacher: "none"; "float", the float network that training started from, for every width; "highest", the highest
+            width of the same network in the same step, for the widths below it.
+        temperature: T, which both sides' logits are divided by.
+        weight: w in `(1 - w) * cross-entropy + w * T^2 * KL(teacher || student)`.
+    """
+
+    teacher: Teacher = "none"
+    temperature: float = 1.0
+    weight: float = 0.5
+
+    def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
+        """Mean loss over a batch.
+
+        Args:
+            logits: of the student, [N, classes].
+            labels: int64 [N].
+            teacher: the teacher's logits, [N, classes], detached; None: cross-entropy alone.
+        """
+        loss = F.cross_entropy(logits, labels)
+        if teacher is None:
+            return loss
+        student = F.log_softmax(logits / self.temperature, 1)
+        target = F.log_softmax(teacher / self.temperature, 1)
+        # "batchmean": the default reduction would divide by the number of classes as well.
+        divergence = F.kl_div(student, target, reduction="batchmean", log_target=True)
+        return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
