@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bitswitch.pipeline import machine, source_commit
+from bitswitch.machine import machine, source_commit
 
 VARIANTS = {
     "log relative eta=1": ["train.scale_form=log"],

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bitswitch.pipeline import machine, source_commit
+from bitswitch.machine import machine, source_commit
 
 
 def scores(seed: int, out: Path) -> dict[str, float]:

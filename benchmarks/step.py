@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 import bitswitch as bs
 from bitswitch.models import build
-from bitswitch.pipeline import machine, source_commit
+from bitswitch.machine import machine, source_commit
 
 WIDTHS = (8, 4, 2)
 BREVITAS_BITS = 4

@@ -20,8 +20,8 @@ LEVELS = [
     {"nn"},
     {"models", "data"},
     {"training", "search", "export"},
-    {"config", "rundir"},
-    {"pipeline"},
+    {"config", "rundir", "machine"},
+    {"pipeline", "evaluation"},
     {"cli"},
     {"__main__"},
 ]

@@ -20,7 +20,7 @@ from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from bitswitch import artifact, files, pipeline  # noqa: E402
+from bitswitch import artifact, evaluation, files, pipeline  # noqa: E402
 from bitswitch.config import load_recipe, recipe_names, to_yaml  # noqa: E402
 from bitswitch.rundir import RunDirectory  # noqa: E402
 from bitswitch.version import __version__  # noqa: E402
@@ -193,7 +193,7 @@ def evaluate(
     """Accuracy of an artifact at every width."""
     if split not in ("test", "val"):
         raise UserError(f"--split {split}: use test or val")
-    document = pipeline.evaluate_artifact(
+    document = evaluation.evaluate_file(
         file,
         bits=_widths(bits),
         data_name=data,

@@ -31,9 +31,20 @@ class DataPart(_Part):
     val_fraction: float = Field(0.1, ge=0, lt=1)
 
 
-class PretrainPart(_Part):
-    """Float training: SGD with Nesterov momentum, cosine schedule."""
+class EnginePart(_Part):
+    """How forwards are computed; see `bitswitch.training.Engine`."""
 
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    micro_batches: int = Field(1, ge=1)
+    share_batch_norm: bool = False
+
+
+class PretrainPart(EnginePart):
+    """Float training: SGD with Nesterov momentum, cosine schedule, from scratch or from a checkpoint's weights."""
+
+    checkpoint: str | None = None
     epochs: int = Field(200, ge=0)
     batch_size: int = Field(128, ge=1)
     lr: float = Field(0.1, gt=0)
@@ -41,8 +52,19 @@ class PretrainPart(_Part):
     weight_decay: float = Field(1e-4, ge=0)
 
 
-class TrainPart(_Part):
+class DistillationPart(_Part):
+    """Knowledge distillation; see `bitswitch.training.Distillation`."""
+
+    teacher: Literal["none", "float", "highest"] = "none"
+    temperature: float = Field(1.0, gt=0)
+    weight: float = Field(0.5, ge=0, le=1)
+
+
+class TrainPart(EnginePart):
     """Joint multi-precision training: two Adams, cosine schedule, ALRS."""
+
+    method: Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer"] = "double_rounding"
+    distillation: DistillationPart = DistillationPart()
 
     epochs: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=1)
@@ -58,6 +80,7 @@ class TrainPart(_Part):
     lsq_factor: bool = True
     keep: tuple[str, ...] = ()
     calibration_images: int = Field(512, ge=1)
+    record_scale_gradients: bool = False
 
     @field_validator("alrs", mode="before")
     @classmethod
@@ -93,7 +116,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, seed: int | None 
     """A checked configuration.
 
     Args:
-        recipe: a built-in recipe's name, or the path of a YAML file.
+        recipe: a built-in recipe's name, or the path of a YAML file; its key `extends` names another that it is laid over.
         overrides: "key.of.part=value"; the value is read as YAML.
         seed: in place of the recipe's.
 
@@ -121,7 +144,7 @@ def part_digest(value: Any) -> str:
     return files.digest(files.canonical_json(value).encode())
 
 
-def _read(recipe: str) -> dict[str, Any]:
+def _read(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         if recipe not in recipe_names():
@@ -139,7 +162,23 @@ def _read(recipe: str) -> dict[str, Any]:
     value = _yaml(text, f"recipe {recipe}")
     if not isinstance(value, dict):
         raise UserError(f"recipe {recipe} is not a mapping of keys to values")
-    return value
+    parent = value.pop("extends", None)
+    if parent is None:
+        return value
+    if not isinstance(parent, str) or recipe in above:
+        raise UserError(f"recipe {recipe}: extends={parent!r} does not name another recipe that ends the chain")
+    if path.suffix and Path(parent).suffix:
+        parent = str(path.parent / parent)
+    return _laid_over(_read(parent, (*above, recipe)), value)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings merged; everything else of `above` replaces that of `below`."""
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def _yaml(text: str, where: str) -> Any:

@@ -1,38 +1,44 @@
-"""The stages, each reading the run directory and writing to it, and evaluation of what they leave."""
+"""The stages, each reading the run directory and writing to it."""
 
 import dataclasses
-import platform
-import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from bitswitch import artifact, files
-from bitswitch.config import Recipe, to_yaml
-from bitswitch.data import DataSet, MemoryBatches, evaluation_batches, load_data
+from bitswitch import files
+from bitswitch.config import EnginePart, Recipe, to_yaml
+from bitswitch.data import DataSet, load_data
 from bitswitch.errors import UserError
 from bitswitch.export import load, save
-from bitswitch.models import build
-from bitswitch.nn import Plan, apply, quantize, switched
+from bitswitch.machine import machine, source_commit
+from bitswitch.models import build, load_weights
+from bitswitch.nn import Plan, apply, plan_of, quantize, switched
 from bitswitch.rundir import RunDirectory, changes
 from bitswitch.training import (
+    Distillation,
+    Engine,
     FloatObjective,
     JointObjective,
     Loop,
     MultiPrecisionOptimizer,
     Objective,
-    Score,
+    ScaleGradients,
+    World,
     evaluate,
     load_checkpoint,
 )
-from bitswitch.version import __version__
+from bitswitch.training.distributed import barrier, broadcast_model, from_first, share_batch_norm
 
 STAGES = ("pretrain", "train")
+# Where data lie and how they are read: no result depends on it. What they are counts, by their fingerprint.
+_NOT_OF_THE_RESULT = ("root", "download", "workers", "cache")
+_EVALUATION_BATCH = 256
 
 
 class Reporter(Protocol):
@@ -54,7 +60,9 @@ class Run:
         recipe: the checked configuration.
         directory: where results go.
         device: where tensors live.
-        reporter: where the run tells how it goes.
+        reporter: where the run tells how it goes; silent on ranks other than the first.
+        world: this process among the others.
+        tensorboard: write metrics for TensorBoard, too.
     """
 
     name: str
@@ -62,21 +70,25 @@ class Run:
     directory: RunDirectory
     device: torch.device
     reporter: Reporter
+    world: World = field(default_factory=World)
+    tensorboard: bool = False
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA where there is one, else the CPU.
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one, else the CPU; "cuda" is the rank's own GPU.
 
     Raises:
         UserError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: there is no such device here; use cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -94,30 +106,38 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
     Raises:
         UserError: a stage before these is not done; the configuration or an input has changed since a stage was made.
     """
-    data = load_data(run.recipe.data.name, run.recipe.data.root, val_fraction=run.recipe.data.val_fraction)
-    with run.directory.locked():
-        records = {} if fresh and tuple(stages) == STAGES else run.directory.records()
-        forgotten = set(stages) if fresh else set()
-        records = {stage: record for stage, record in records.items() if stage not in forgotten}
-        for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
-            _check_same(run, data, stage, records)
-            if stage not in stages and not _is_done(run, records.get(stage)):
-                raise UserError(
-                    f"stage {stage} is not done in {run.directory.path}: bitswitch {stage} {run.name} does it"
-                )
-        if "train" in stages and not _is_done(run, records.get("pretrain")):
-            _quantized(run, data, build_network(run.recipe, data), images=2)
-        run.directory.write_records(records)
-        files.write(run.directory.path / "config.yaml", to_yaml(run.recipe).encode())
+    if not run.world.first:
+        # The first rank decodes and fills the cache.
+        barrier()
+    data = load_data(**run.recipe.data.model_dump())
+    if run.world.first:
+        barrier()
+    with run.directory.locked() if run.world.first else nullcontext():
+        if run.world.first:
+            _prepare(run, data, stages, fresh)
         for stage in stages:
             _do(run, data, stage)
         return run.directory.records()
 
 
+def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> None:
+    """Refuse what cannot be done before anything is changed; then note what is asked for."""
+    records = {} if fresh and tuple(stages) == STAGES else run.directory.records()
+    forgotten = set(stages) if fresh else set()
+    records = {stage: record for stage, record in records.items() if stage not in forgotten}
+    for stage in STAGES[: STAGES.index(stages[-1]) + 1]:
+        _check_same(run, data, stage, records)
+        if stage not in stages and not _is_done(run, records.get(stage)):
+            raise UserError(f"stage {stage} is not done in {run.directory.path}: bitswitch {stage} {run.name} does it")
+    if "train" in stages and not _is_done(run, records.get("pretrain")):
+        _quantized(run, data, build_network(run.recipe, data), images=2)
+    run.directory.write_records(records)
+    files.write(run.directory.path / "config.yaml", to_yaml(run.recipe).encode())
+
+
 def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The part of the configuration that a stage's result depends on; where data lie is not of it, what they are is."""
-    whole = recipe.model_dump(mode="json")
-    del whole["data"]["root"]
+    """The part of the configuration that a stage's result depends on."""
+    whole = recipe.model_dump(mode="json", exclude={"data": set(_NOT_OF_THE_RESULT)})
     keys = {"pretrain": ("seed", "model", "data", "pretrain"), "train": ("seed", "bits", "model", "data", "train")}
     return {key: whole[key] for key in keys[stage]}
 
@@ -125,9 +145,14 @@ def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
 def _inputs(run: Run, data: DataSet, stage: str) -> dict[str, str]:
     """Digests of what a stage reads."""
     inputs = {"data": data.fingerprint()}
-    checkpoint = run.directory.checkpoint("pretrain")
-    if stage == "train" and checkpoint.exists():
-        inputs["pretrain"] = files.file_digest(checkpoint)
+    before = run.directory.checkpoint("pretrain")
+    if stage == "train" and before.exists():
+        inputs["pretrain"] = files.file_digest(before)
+    if stage == "pretrain" and run.recipe.pretrain.checkpoint:
+        path = Path(run.recipe.pretrain.checkpoint)
+        if not path.is_file():
+            raise UserError(f"pretrain.checkpoint={path}: there is no such file")
+        inputs["checkpoint"] = files.file_digest(path)
     return inputs
 
 
@@ -147,55 +172,75 @@ def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any])
 
 
 def _is_done(run: Run, record: Mapping[str, Any] | None) -> bool:
-    return bool(record and record["done"]) and all((run.directory.path / name).exists() for name in record["outputs"])  # type: ignore[index]
+    if record is None or not record["done"]:
+        return False
+    return all((run.directory.path / name).exists() for name in record["outputs"])
 
 
 def _do(run: Run, data: DataSet, stage: str) -> None:
     """Do one stage, take it up where it was left, or skip it."""
-    record = run.directory.records().get(stage)
-    inputs = _inputs(run, data, stage)
-    if record is not None:
-        if record["inputs"] != inputs:
-            raise UserError(
-                f"{run.directory.path}: the {stage} stage was made from another pretrain stage than is there now: "
-                f"do it again with bitswitch {stage} {run.name} --fresh"
-            )
-        if _is_done(run, record):
-            for name, digest in record["outputs"].items():
-                if files.file_digest(run.directory.path / name) != digest:
-                    raise UserError(f"{run.directory.path / name} was changed since it was made: do {stage} --fresh")
-            run.reporter.note(f"{stage}: done before, skipped")
-            return
-    if record is None:
-        run.directory.checkpoint(stage).unlink(missing_ok=True)
-    config = _config(run.recipe, stage)
-    begun = {"done": False, "config": config, "inputs": inputs, "outputs": {}, "result": None}
-    run.directory.record(stage, begun)
+    begun = _begin(run, data, stage) if run.world.first else None
+    if not from_first(begun is not None, run.world):
+        return
     torch.manual_seed(run.recipe.seed)
     result, outputs = {"pretrain": _pretrain, "train": _train}[stage](run, data)
-    digests = {str(path.relative_to(run.directory.path)): files.file_digest(path) for path in outputs}
-    run.directory.record(stage, begun | {"done": True, "outputs": digests, "result": result})
+    if begun is not None:
+        digests = {str(path.relative_to(run.directory.path)): files.file_digest(path) for path in outputs}
+        run.directory.record(stage, begun | {"done": True, "outputs": digests, "result": result})
+    barrier()
+
+
+def _begin(run: Run, data: DataSet, stage: str) -> dict[str, Any] | None:
+    """Note that a stage is begun, and return its record; None where it is done."""
+    record = run.directory.records().get(stage)
+    inputs = _inputs(run, data, stage)
+    if record is None:
+        run.directory.checkpoint(stage).unlink(missing_ok=True)
+    elif record["inputs"] != inputs:
+        raise UserError(
+            f"{run.directory.path}: the {stage} stage was made from other inputs than are there now "
+            f"({'; '.join(changes(record['inputs'], inputs))}): do it again with bitswitch {stage} {run.name} --fresh"
+        )
+    elif _is_done(run, record):
+        for name, digest in record["outputs"].items():
+            if files.file_digest(run.directory.path / name) != digest:
+                raise UserError(f"{run.directory.path / name} was changed since it was made: do {stage} --fresh")
+        run.reporter.note(f"{stage}: done before, skipped")
+        return None
+    begun = {"done": False, "config": _config(run.recipe, stage), "inputs": inputs, "outputs": {}, "result": None}
+    run.directory.record(stage, begun)
+    return begun
+
+
+def _engine(run: Run, part: EnginePart) -> Engine:
+    return Engine(
+        precision=part.precision,
+        channels_last=part.channels_last,
+        compile=part.compile,
+        micro_batches=part.micro_batches,
+        world=run.world,
+    )
 
 
 def _pretrain(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     part = run.recipe.pretrain
-    model = build_network(run.recipe, data).to(run.device)
-    objective = FloatObjective(model, lr=part.lr, momentum=part.momentum, weight_decay=part.weight_decay)
-    _train_loop(run, data, "pretrain", objective, part.epochs, part.batch_size, [None], {})
+    model = build_network(run.recipe, data)
+    if part.checkpoint:
+        load_weights(model, part.checkpoint)
+    _join_ranks(run, model.to(run.device), part)
+    engine = _engine(run, part)
+    objective = FloatObjective(
+        model, lr=part.lr, momentum=part.momentum, weight_decay=part.weight_decay, engine=engine
+    )
+    _train_loop(run, data, "pretrain", objective, engine, part.epochs, part.batch_size, [None], {})
     (score,) = _final_scores(run, data, "pretrain", model, [None])
     return {"float": score}, [run.directory.checkpoint("pretrain")]
 
 
 def _train(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     part, widths = run.recipe.train, run.recipe.bits
-    checkpoint = run.directory.checkpoint("train")
-    network = build_network(run.recipe, data)
-    network.load_state_dict(load_checkpoint(run.directory.checkpoint("pretrain"))["model"])
-    if checkpoint.exists():
-        plan = Plan.from_json(load_checkpoint(checkpoint)["plan"])
-        model = apply(network, plan).to(run.device)
-    else:
-        model = _quantized(run, data, network, images=part.calibration_images).to(run.device)
+    model = _start_of_training(run, data).to(run.device)
+    _join_ranks(run, model, part)
     optimizer = MultiPrecisionOptimizer(
         model,
         lr=part.lr,
@@ -205,24 +250,79 @@ def _train(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
         eta=part.eta,
         clip=part.clip,
     )
-    extra = {"plan": model.bitswitch_plan.to_json()}  # type: ignore[union-attr, operator]
-    objective = JointObjective(model, optimizer, part.order)
-    _train_loop(run, data, "train", objective, part.epochs, part.batch_size, list(widths), extra)
+    observed = ScaleGradients(model) if part.record_scale_gradients else None
+    engine = _engine(run, part)
+    objective = JointObjective(
+        model,
+        optimizer,
+        part.order,
+        distillation=Distillation(**part.distillation.model_dump()),
+        teacher=_float_network(run, data).to(run.device) if part.distillation.teacher == "float" else None,
+        engine=engine,
+        on_gradients=observed.add if observed else None,
+    )
+    extra = {"plan": plan_of(model).to_json(), "about": _about(run, data)}
+    _train_loop(run, data, "train", objective, engine, part.epochs, part.batch_size, list(widths), extra, observed)
     scores = dict(zip(map(str, widths), _final_scores(run, data, "train", model, list(widths)), strict=True))
-    _save_artifact(run, data, model, scores)
-    return scores, [run.directory.checkpoint("train"), run.directory.artifact]
+    outputs = [run.directory.checkpoint("train")]
+    if part.method != "double_rounding":
+        run.reporter.note(f"train: {part.method} is for comparison and has no artifact; its checkpoint can be evaluated")
+        return scores, outputs
+    if run.world.first:
+        _save_artifact(run, data, model, scores)
+    return scores, [*outputs, run.directory.artifact]
+
+
+def _join_ranks(run: Run, model: nn.Module, part: EnginePart) -> None:
+    """The same start on all ranks, and statistics that they share if the recipe says so."""
+    broadcast_model(model, run.world)
+    if part.share_batch_norm:
+        share_batch_norm(model, run.world)
+
+
+def _float_network(run: Run, data: DataSet) -> nn.Module:
+    """The network as the pretrain stage left it."""
+    network = build_network(run.recipe, data)
+    network.load_state_dict(load_checkpoint(run.directory.checkpoint("pretrain"))["model"])
+    return network
+
+
+def _start_of_training(run: Run, data: DataSet) -> nn.Module:
+    """The quantized network: by the plan of a checkpoint where there is one, else with scales started from data."""
+    network, checkpoint = _float_network(run, data), run.directory.checkpoint("train")
+    if checkpoint.exists():
+        return apply(network, Plan.from_json(load_checkpoint(checkpoint)["plan"]))
+    return _quantized(run, data, network, images=run.recipe.train.calibration_images)
 
 
 def build_network(recipe: Recipe, data: DataSet) -> nn.Module:
-    """The recipe's float network, freshly initialised; the number of classes comes from the data."""
+    """The recipe's float network; the number of classes comes from the data.
+
+    Raises:
+        UserError: there is no such network, or its weights cannot be had.
+    """
     return build(recipe.model.name, _network_args(recipe, data))
 
 
 def _network_args(recipe: Recipe, data: DataSet) -> dict[str, Any]:
-    name, args = recipe.model.name, dict(recipe.model.args)
-    if ":" not in name:
+    args = dict(recipe.model.args)
+    if ":" not in recipe.model.name:
         args.setdefault("num_classes", len(data.classes))
     return args
+
+
+def _about(run: Run, data: DataSet) -> dict[str, Any]:
+    """What a reader of a checkpoint or artifact needs to use it."""
+    args = _network_args(run.recipe, data)
+    # Trained weights to start from are no part of the architecture, and would be fetched again.
+    args.pop("weights", None)
+    return {
+        "network": {"name": run.recipe.model.name, "args": args},
+        "preprocessing": data.preprocessing.to_json(),
+        "classes": list(data.classes),
+        "data": data.name,
+        "data_config": run.recipe.data.model_dump(mode="json", exclude=set(_NOT_OF_THE_RESULT)),
+    }
 
 
 def _quantized(run: Run, data: DataSet, network: nn.Module, *, images: int) -> nn.Module:
@@ -230,9 +330,10 @@ def _quantized(run: Run, data: DataSet, network: nn.Module, *, images: int) -> n
     part = run.recipe.train
     return quantize(
         network,
-        example_inputs=data.normalized(data.train.images[:images]),
+        example_inputs=data.sample(images),
         bits=run.recipe.bits,
         keep=part.keep,
+        method=part.method,
         per_channel=part.per_channel,
         scale_form=part.scale_form,
         lsq_factor=part.lsq_factor,
@@ -244,73 +345,111 @@ def _train_loop(
     data: DataSet,
     stage: str,
     objective: Objective,
+    engine: Engine,
     epochs: int,
     batch_size: int,
     precisions: Sequence[int | None],
     extra: dict[str, Any],
+    observed: ScaleGradients | None = None,
 ) -> None:
     """Train with a progress bar, `val` scored and a metrics row written for every precision and epoch."""
-    batches = MemoryBatches(data, batch_size=batch_size, seed=run.recipe.seed, device=run.device)
-    shown = ""
+    world = run.world
+    batches = data.training_batches(
+        batch_size=batch_size, seed=run.recipe.seed, device=run.device, rank=world.rank, world=world.size
+    )
+    pace = _Pace(batch_size)
 
     def on_epoch(epoch: int, losses: dict[str, float]) -> None:
-        nonlocal shown
-        scores = _scores(objective.model, data, "val", precisions, run.device) if len(data.val) else None
+        scores = _scores(run, objective.model, data, "val", precisions) if data.size("val") else None
         rows = []
-        for i, (name, loss) in enumerate(losses.items()):
+        for i, loss in enumerate(losses.values()):
             row = {"stage": stage, "epoch": epoch, "bits": precisions[i], "split": "val", "train_loss": loss}
-            rows.append(row | (dataclasses.asdict(scores[i]) if scores else {}))
-            shown = " ".join([*([] if i == 0 else [shown]), f"{name}: {scores[i].top1 if scores else loss:.2f}"])
-        run.directory.add_metrics(rows)
+            rows.append(row | (scores[i] if scores else {}))
+        pace.tell(losses, scores)
+        if world.first:
+            run.directory.add_metrics(rows, tensorboard=run.tensorboard)
+            if observed is not None:
+                run.directory.add_scale_gradients([{"epoch": epoch, **row} for row in observed.rows()])
 
     loop = Loop(
         objective=objective,
         batches=batches,
         epochs=epochs,
         checkpoint=run.directory.checkpoint(stage),
-        extra=extra,
-        on_step=lambda: advance(shown),
+        extra={**extra, "ranks": world.size},
+        on_step=lambda: advance(pace.text()),
         on_epoch=on_epoch,
+        seed=run.recipe.seed,
+        world=world,
     )
     done = loop.resume()
-    run.directory.rewind_metrics(stage, done)
-    if done:
-        run.reporter.note(f"{stage}: taken up after epoch {done} of {epochs}")
+    if world.first:
+        run.directory.rewind_metrics(stage, done)
+        _tell_resumed(run, stage, done, epochs)
     with run.reporter.progress(stage, epochs * len(batches), done * len(batches)) as advance:
         loop.run()
 
 
+def _tell_resumed(run: Run, stage: str, done: int, epochs: int) -> None:
+    if not done:
+        return
+    before = load_checkpoint(run.directory.checkpoint(stage))["ranks"]
+    other = "" if before == run.world.size else f"; it ran on {before} processes before, on {run.world.size} now"
+    run.reporter.note(f"{stage}: taken up after epoch {done} of {epochs}{other}")
+
+
+class _Pace:
+    """What a progress bar says: the last scores, and images per second since the run began."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.steps = 0
+        self.start = time.monotonic()
+        self.last = ""
+
+    def tell(self, losses: Mapping[str, float], scores: Sequence[Mapping[str, Any]] | None) -> None:
+        """Remember an epoch's scores, or its losses where there is no val."""
+        parts = [f"{name}: {scores[i]['top1'] if scores else loss:.2f}" for i, (name, loss) in enumerate(losses.items())]
+        self.last = " ".join(parts)
+
+    def text(self) -> str:
+        """Called once a step."""
+        self.steps += 1
+        rate = self.steps * self.batch_size / max(time.monotonic() - self.start, 1e-9)
+        return f"{rate:,.0f} images/s {self.last}"
+
+
 def _scores(
-    model: nn.Module, data: DataSet, split: str, precisions: Sequence[Any], device: torch.device
-) -> list[Score]:
-    return evaluate(model, evaluation_batches(data, split, device=device), precisions)
+    run: Run, model: nn.Module, data: DataSet, split: str, precisions: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Scores on a split as plain values, the images shared among the ranks."""
+    batches = data.evaluation_batches(
+        split, batch_size=_EVALUATION_BATCH, device=run.device, rank=run.world.rank, world=run.world.size
+    )
+    return [dataclasses.asdict(score) for score in evaluate(model, batches, precisions, world=run.world)]
 
 
 def _final_scores(
     run: Run, data: DataSet, stage: str, model: nn.Module, precisions: Sequence[int | None]
 ) -> list[dict[str, Any]]:
-    """Scores on `test` at the end of a stage, as plain values, written to the metrics."""
-    scores = [dataclasses.asdict(s) for s in _scores(model, data, "test", precisions, run.device)]
-    pairs = zip(precisions, scores, strict=True)
-    rows = [{"stage": stage, "epoch": None, "bits": bits, "split": "test"} | score for bits, score in pairs]
-    run.directory.add_metrics(rows)
+    """Scores on `test` at the end of a stage, written to the metrics."""
+    scores = _scores(run, model, data, "test", precisions)
+    if run.world.first:
+        pairs = zip(precisions, scores, strict=True)
+        rows = [{"stage": stage, "epoch": None, "bits": bits, "split": "test"} | score for bits, score in pairs]
+        run.directory.add_metrics(rows)
     return scores
 
 
 def _save_artifact(run: Run, data: DataSet, model: nn.Module, scores: Mapping[str, Any]) -> None:
     """Save, load again, and hold the two against each other before the stage counts as done."""
     float_score = run.directory.records()["pretrain"]["result"]["float"]
+    about = _about(run, data)
     save(
         model,
         run.directory.artifact,
-        network={"name": run.recipe.model.name, "args": _network_args(run.recipe, data)},
-        preprocessing={
-            "shape": list(data.train.images.shape[1:]),
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "resize": None,
-            "crop": None,
-        },
+        network=about["network"],
+        preprocessing=about["preprocessing"],
         classes=data.classes,
         provenance={
             "recipe": run.name,
@@ -320,85 +459,16 @@ def _save_artifact(run: Run, data: DataSet, model: nn.Module, scores: Mapping[st
             "split": "test",
             "float_top1": float_score["top1"],
             "top1": {bits: score["top1"] for bits, score in scores.items()},
-            "config": run.recipe.model_dump(mode="json", exclude={"data": {"root"}}),
+            "config": run.recipe.model_dump(mode="json", exclude={"data": set(_NOT_OF_THE_RESULT)}),
+            "ranks": run.world.size,
             "commit": source_commit(),
             **machine(run.device),
         },
     )
     again = load(run.directory.artifact, model=run.recipe.model.name).to(run.device)
-    images = data.normalized(data.test.images[:64].to(run.device))
+    images, _ = next(data.evaluation_batches("test", batch_size=64, device=run.device))
     model.eval()
     for width in run.recipe.bits:
         with torch.no_grad(), switched(model, width), switched(again, width):
             if not torch.equal(model(images), again(images)):
                 raise RuntimeError(f"the saved artifact does not give the trained model's logits at {width} bits")
-
-
-def machine(device: torch.device | None = None) -> dict[str, Any]:
-    """What a result depends on beside configuration and data."""
-    device = device or torch.device("cpu")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.machine() or "unknown")
-    return {
-        "bitswitch": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": f"{device.type} ({name})",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def source_commit() -> str | None:
-    """The commit of the checkout that this package runs from, marked where files differ; None outside of one."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def evaluate_artifact(
-    path: str | Path,
-    *,
-    bits: Sequence[int] | None = None,
-    data_name: str | None = None,
-    split: str = "test",
-    network: str | None = None,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Score an artifact at every width asked for, each batch visited once.
-
-    Args:
-        path: the artifact.
-        bits: widths; all that the file has where None.
-        data_name: a data name or an image folder; the data it was trained on where None.
-        split: "test" or "val".
-        network: its name where the file does not tell, or names the user's own code.
-        device: where to compute.
-
-    Returns:
-        {"results": [{"bits", "assignment", "top1", "top5", "loss", "images", "split", "data"}], "provenance": {...}}.
-
-    Raises:
-        UserError: the file, the widths, the network or the data cannot be used.
-    """
-    header = artifact.read_header(path)
-    wanted = header.widths if bits is None else tuple(bits)
-    for width in wanted:
-        if width not in header.widths:
-            raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, header.widths))}")
-    name = data_name or header.provenance.get("data")
-    if not name or header.preprocessing is None:
-        raise UserError(f"{path} does not say what data it is for: give them with --data")
-    model = load(path, model=network).to(device)
-    fraction = header.provenance.get("config", {}).get("data", {}).get("val_fraction", 0.1)
-    data = load_data(name, val_fraction=fraction)
-    own = header.preprocessing
-    data = dataclasses.replace(data, mean=tuple(own["mean"]), std=tuple(own["std"]))
-    if list(data.train.images.shape[1:]) != list(own["shape"]):
-        raise UserError(f"{name} has images of {list(data.train.images.shape[1:])}, {path} wants {own['shape']}")
-    scores = _scores(model, data, split, list(wanted), device)
-    results = [
-        {"bits": width, "assignment": None, **dataclasses.asdict(score), "split": split, "data": name}
-        for width, score in zip(wanted, scores, strict=True)
-    ]
-    return {"results": results, "provenance": dict(header.provenance) | {"evaluated_on": machine(device)}}

@@ -1,6 +1,7 @@
 """A run directory: which stages are done, with which configuration and inputs, and the metrics so far."""
 
 import contextlib
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitswitch import files
-from bitswitch.errors import UserError
+from bitswitch.errors import UserError, require
 
 try:
     import fcntl
@@ -102,18 +103,39 @@ class RunDirectory:
         ]
         files.write(self._metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    def add_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Append rows.
+    def add_metrics(self, rows: list[dict[str, Any]], *, tensorboard: bool = False) -> None:
+        """Append rows; with `tensorboard`, write their numbers for TensorBoard, too.
+
+        Raises:
+            UserError: the file cannot be written, or TensorBoard is not installed.
+        """
+        self._append(self._metrics, rows)
+        if tensorboard:
+            require("tensorboard", "tensorboard")
+            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(self.path / "tensorboard"))
+            with writer:
+                for row in rows:
+                    place = f"{row['stage']}/{row['bits'] or 'float'}"
+                    for key in ("train_loss", "loss", "top1"):
+                        if key in row:
+                            writer.add_scalar(f"{place}/{key}", row[key], row["epoch"])
+
+    def add_scale_gradients(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows to scale_gradients.jsonl.
 
         Raises:
             UserError: the file cannot be written.
         """
+        self._append(self.path / "scale_gradients.jsonl", rows)
+
+    @staticmethod
+    def _append(path: Path, rows: list[dict[str, Any]]) -> None:
         try:
-            with self._metrics.open("a", encoding="utf-8") as stream:
+            with path.open("a", encoding="utf-8") as stream:
                 stream.write("".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
             raise UserError(
-                f"cannot write {self._metrics}: {error.strerror}; what was there before is as it was"
+                f"cannot write {path}: {error.strerror}; what was there before is as it was"
             ) from error
 
 

@@ -47,6 +47,16 @@ def read_header(path: str | Path) -> Header:
         raise _unreadable(path, error) from error
 
 
+def is_artifact(path: str | Path) -> bool:
+    """Whether a safetensors file says that it is an artifact, of whatever version."""
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            return KEY in (stream.metadata() or {})
+    except (OSError, SafetensorError):
+        # What cannot be read at all is for `read` to tell.
+        return True
+
+
 def read(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:
     """The header and all tensors, after every check: presence, checksum, shape, type, range.
 

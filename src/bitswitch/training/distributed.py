@@ -94,6 +94,15 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
+def from_first(value: Any, world: World) -> Any:
+    """Rank 0's plain value on every rank."""
+    if world.size == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, 0)
+    return held[0]
+
+
 def gather_rows(rows: list[list[float]], world: World) -> list[list[float]]:
     """All ranks' rows on every rank, in the order of ranks."""
     if world.size == 1:

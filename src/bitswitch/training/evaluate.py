@@ -1,23 +1,35 @@
 """Accuracy at every width, in one pass over the data."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitswitch.errors import UserError
 from bitswitch.nn import switched
+from bitswitch.training.distributed import World, gather_rows
+
+PrecisionChoice = int | Mapping[str, int] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one precision reached: top-1 and top-5 in per cent, mean cross-entropy, how many images were counted."""
+    """What one precision reached.
+
+    Attributes:
+        top1, top5: per cent of images.
+        top1_interval: Wilson's 95 % interval of top1, in per cent.
+        loss: mean cross-entropy.
+        images: how many were counted.
+    """
 
     top1: float
     top5: float
+    top1_interval: tuple[float, float]
     loss: float
     images: int
 
@@ -26,42 +38,95 @@ class Score:
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
-    precisions: Sequence[int | Mapping[str, int] | None],
+    precisions: Sequence[PrecisionChoice],
+    *,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    world: World | None = None,
+    confusion: list[Tensor] | None = None,
 ) -> list[Score]:
     """Score `model` at every precision, each batch visited once.
 
     Args:
-        model: a network; evaluated in eval mode, its mode and widths are restored.
-        batches: (images, labels) on the model's device.
+        model: a network; evaluated in eval mode, its modes and widths are restored.
+        batches: (images, labels) on the model's device; with several ranks, every `world.size`-th from this rank's own.
         precisions: widths or assignments; None runs the model as it is (a float network).
+        forward: how to call the model; itself where None.
+        world: the ranks that share the batches; sums are in the order of batches, the same for any number of ranks.
+        confusion: where a list is given, a matrix [class, predicted class] of counts is appended for each precision, int64.
 
     Returns:
-        One score for each precision.
+        One score for each precision, the same on all ranks.
 
     Raises:
         UserError: there are no images, or the labels do not fit the network's classes.
     """
-    training = model.training
-    model.eval()
-    totals, images = None, 0
-    try:
+    world = world or World()
+    forward = forward or model
+    rows: list[Tensor] = []
+    counts: list[Tensor] = []
+    with evaluating(model):
         for x, y in batches:
-            rows = []
-            for precision in precisions:
+            found = []
+            for i, precision in enumerate(precisions):
                 with switched(model, precision) if precision is not None else nullcontext():
-                    logits = model(x).float()
-                if not images and int(y.max()) >= logits.shape[1]:
-                    raise UserError(f"the data has class {int(y.max())}, the network only {logits.shape[1]} classes")
-                hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-                loss = F.cross_entropy(logits, y, reduction="sum")
-                rows.append(torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss.double()]))
-            totals = torch.stack(rows) if totals is None else totals + torch.stack(rows)
-            images += len(y)
+                    logits = forward(x).float()
+                if not rows and not i and int(y.max()) >= logits.shape[1]:
+                    raise UserError(
+                        f"the data have a class {int(y.max())}, the network has only {logits.shape[1]} classes"
+                    )
+                found.append(_totals(logits, y))
+                if confusion is not None:
+                    _count(counts, i, logits, y)
+            rows.append(torch.stack(found))
+    if confusion is not None:
+        confusion += counts
+    return _scores([row.flatten().tolist() for row in rows], len(precisions), world)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for the length of a `with` block; every module then has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
-        model.train(training)
-    if totals is None:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _totals(logits: Tensor, y: Tensor) -> Tensor:
+    """[4]: correct at 1, correct within 5, summed loss, images; float64, which holds counts exactly."""
+    hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+    loss = F.cross_entropy(logits, y, reduction="sum").double()
+    return torch.stack([hits[:, 0].sum().double(), hits.sum().double(), loss, loss.new_tensor(len(y))])
+
+
+def _count(counts: list[Tensor], i: int, logits: Tensor, y: Tensor) -> None:
+    classes = logits.shape[1]
+    if len(counts) == i:
+        counts.append(torch.zeros(classes, classes, dtype=torch.long, device=y.device))
+    counts[i] += torch.bincount(y * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+def _scores(own: list[list[float]], precisions: int, world: World) -> list[Score]:
+    """Add up all ranks' batches in the order of the batches, whatever rank each was on."""
+    tagged = [[float(world.rank + i * world.size), *row] for i, row in enumerate(own)]
+    rows = sorted(gather_rows(tagged, world))
+    if not rows:
         raise UserError("there are no images to evaluate")
-    return [
-        Score(top1=100 * top1 / images, top5=100 * top5 / images, loss=loss / images, images=images)
-        for top1, top5, loss in totals.tolist()
-    ]
+    sums = [sum(column) for column in zip(*rows, strict=True)][1:]
+    scores = []
+    for i in range(precisions):
+        top1, top5, loss, images = sums[4 * i : 4 * i + 4]
+        interval = binomtest(int(top1), int(images)).proportion_ci(method="wilson")
+        scores.append(
+            Score(
+                top1=100 * top1 / images,
+                top5=100 * top5 / images,
+                top1_interval=(100 * float(interval.low), 100 * float(interval.high)),
+                loss=loss / images,
+                images=int(images),
+            )
+        )
+    return scores

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitswitch.errors import UserError
+from bitswitch.training.distributed import World
 from bitswitch.training.checkpoints import load_checkpoint, save_checkpoint
 from bitswitch.training.objectives import Objective
 
@@ -48,6 +50,8 @@ class Loop:
         extra: plain values stored in the checkpoint beside the state.
         on_step: called after every step.
         on_epoch: called after every epoch, before its checkpoint is written, with the epoch and each precision's mean loss.
+        seed: of whatever the network draws, dropout for one; every epoch and rank has a stream of its own.
+        world: this process among the others; rank 0 alone writes.
         epochs_done: how many are behind it.
     """
 
@@ -58,6 +62,8 @@ class Loop:
     extra: dict[str, Any]
     on_step: Callable[[], None]
     on_epoch: Callable[[int, dict[str, float]], None]
+    seed: int = 0
+    world: World = World()
     epochs_done: int = 0
 
     def resume(self) -> int:
@@ -70,7 +76,6 @@ class Loop:
             state = load_checkpoint(self.checkpoint)
             self.objective.model.load_state_dict(state["model"])
             self.objective.load_state_dict(state["optimizers"])
-            torch.set_rng_state(state["rng"])
             self.epochs_done = state["epochs_done"]
         return self.epochs_done
 
@@ -82,6 +87,8 @@ class Loop:
         """
         while self.epochs_done < self.epochs:
             self.objective.model.train()
+            # Seeded by the epoch, so that a resumed run, with any number of ranks, needs no stored state.
+            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.epochs_done, self.world.rank)).generate_state(1)[0]))
             losses = self._epoch(self.epochs_done)
             self.on_epoch(self.epochs_done, dict(zip(self.objective.names, losses, strict=True)))
             self.epochs_done += 1
@@ -119,11 +126,12 @@ class Loop:
             )
 
     def _save(self) -> None:
+        if not self.world.first:
+            return
         state = {
             "epochs_done": self.epochs_done,
             "model": self.objective.model.state_dict(),
             "optimizers": self.objective.state_dict(),
-            "rng": torch.get_rng_state(),
             **self.extra,
         }
         save_checkpoint(self.checkpoint, state)

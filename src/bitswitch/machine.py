@@ -1,0 +1,32 @@
+"""What a result depends on beside its configuration and its data."""
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitswitch.version import __version__
+
+
+def machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions, the kind of device and the number of threads, as plain JSON values."""
+    device = device or torch.device("cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.machine() or "unknown")
+    return {
+        "bitswitch": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{device.type} ({name})",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def source_commit() -> str | None:
+    """The commit of the checkout that this package runs from, marked where files differ; None outside of one."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,42 @@
+"""Batch normalization statistics estimated anew at one precision."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from bitswitch.nn import SwitchableBatchNorm, switched
+from bitswitch.nn.norm import BATCH_NORMS
+from bitswitch.training.evaluate import PrecisionChoice, evaluating
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, images: Iterable[Tensor], precision: PrecisionChoice) -> None:
+    """Replace the running statistics in use at a precision by the plain means over batches of images, in place.
+
+    Args:
+        model: made by `bitswitch.quantize`, or loaded.
+        images: batches [N, C, H, W] on the model's device, of training images, not augmented.
+        precision: the width or assignment that the statistics are for; None: the widths in use.
+    """
+    with evaluating(model), switched(model, precision if precision is not None else {}):
+        norms = _in_use(model)
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            # None: the plain mean over all batches.
+            norm.momentum = None
+            norm.train()
+        for x in images:
+            model(x)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _in_use(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """The batch normalizations with running statistics that a forward at the present widths visits."""
+    switchable = [module for module in model.modules() if isinstance(module, SwitchableBatchNorm)]
+    inside = {norm for module in switchable for norm in module.by_width.values()}
+    found = [module.by_width[str(module.follows.width)] for module in switchable]
+    found += [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module not in inside]
+    return [norm for norm in found if norm.track_running_stats]  # type: ignore[misc]

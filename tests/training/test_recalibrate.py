@@ -1,0 +1,25 @@
+import copy
+
+import torch
+
+import bitswitch as bs
+from bitswitch.training.recalibrate import recalibrate
+
+
+def test_statistics_are_those_of_the_images_at_that_width(quantized, images):
+    before = copy.deepcopy(quantized.state_dict())
+    bs.switch(quantized, 8)
+    quantized.train()
+    seen = []
+    norm = quantized.bn2.by_width["2"]
+    handle = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    recalibrate(quantized, [images[:8], images[8:]], 2)
+    handle.remove()
+    means = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    variances = torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0)
+    assert torch.allclose(norm.running_mean, means, atol=1e-5)
+    assert torch.allclose(norm.running_var, variances, rtol=1e-4)
+    assert norm.momentum == 0.1 and quantized.training and set(bs.widths(quantized).values()) == {8}
+    after = quantized.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".by_width.2." in name for name in changed)
