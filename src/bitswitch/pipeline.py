@@ -14,7 +14,7 @@ from torch import nn
 
 from bitswitch import artifact, files
 from bitswitch.config import Recipe, to_yaml
-from bitswitch.data import DataSet, MemoryBatches, evaluation_batches, load_data
+from bitswitch.data import DataSet, Preprocessing, load_data
 from bitswitch.errors import UserError
 from bitswitch.export import load, save
 from bitswitch.models import build
@@ -33,6 +33,9 @@ from bitswitch.training import (
 from bitswitch.version import __version__
 
 STAGES = ("pretrain", "train")
+# Where data lie and how they are read: no result depends on it. What they are counts, by their fingerprint.
+_NOT_OF_THE_RESULT = ("root", "download", "workers", "cache")
+_EVALUATION_BATCH = 256
 
 
 class Reporter(Protocol):
@@ -94,7 +97,7 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
     Raises:
         UserError: a stage before these is not done; the configuration or an input has changed since a stage was made.
     """
-    data = load_data(run.recipe.data.name, run.recipe.data.root, val_fraction=run.recipe.data.val_fraction)
+    data = load_data(**run.recipe.data.model_dump())
     with run.directory.locked():
         records = {} if fresh and tuple(stages) == STAGES else run.directory.records()
         forgotten = set(stages) if fresh else set()
@@ -115,9 +118,8 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
 
 
 def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The part of the configuration that a stage's result depends on; where data lie is not of it, what they are is."""
-    whole = recipe.model_dump(mode="json")
-    del whole["data"]["root"]
+    """The part of the configuration that a stage's result depends on."""
+    whole = recipe.model_dump(mode="json", exclude={"data": set(_NOT_OF_THE_RESULT)})
     keys = {"pretrain": ("seed", "model", "data", "pretrain"), "train": ("seed", "bits", "model", "data", "train")}
     return {key: whole[key] for key in keys[stage]}
 
@@ -230,7 +232,7 @@ def _quantized(run: Run, data: DataSet, network: nn.Module, *, images: int) -> n
     part = run.recipe.train
     return quantize(
         network,
-        example_inputs=data.normalized(data.train.images[:images]),
+        example_inputs=data.sample(images),
         bits=run.recipe.bits,
         keep=part.keep,
         per_channel=part.per_channel,
@@ -250,12 +252,12 @@ def _train_loop(
     extra: dict[str, Any],
 ) -> None:
     """Train with a progress bar, `val` scored and a metrics row written for every precision and epoch."""
-    batches = MemoryBatches(data, batch_size=batch_size, seed=run.recipe.seed, device=run.device)
+    batches = data.training_batches(batch_size=batch_size, seed=run.recipe.seed, device=run.device)
     shown = ""
 
     def on_epoch(epoch: int, losses: dict[str, float]) -> None:
         nonlocal shown
-        scores = _scores(objective.model, data, "val", precisions, run.device) if len(data.val) else None
+        scores = _scores(objective.model, data, "val", precisions, run.device) if data.size("val") else None
         rows = []
         for i, (name, loss) in enumerate(losses.items()):
             row = {"stage": stage, "epoch": epoch, "bits": precisions[i], "split": "val", "train_loss": loss}
@@ -283,7 +285,8 @@ def _train_loop(
 def _scores(
     model: nn.Module, data: DataSet, split: str, precisions: Sequence[Any], device: torch.device
 ) -> list[Score]:
-    return evaluate(model, evaluation_batches(data, split, device=device), precisions)
+    batches = data.evaluation_batches(split, batch_size=_EVALUATION_BATCH, device=device)
+    return evaluate(model, batches, precisions)
 
 
 def _final_scores(
@@ -304,13 +307,7 @@ def _save_artifact(run: Run, data: DataSet, model: nn.Module, scores: Mapping[st
         model,
         run.directory.artifact,
         network={"name": run.recipe.model.name, "args": _network_args(run.recipe, data)},
-        preprocessing={
-            "shape": list(data.train.images.shape[1:]),
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "resize": None,
-            "crop": None,
-        },
+        preprocessing=data.preprocessing.to_json(),
         classes=data.classes,
         provenance={
             "recipe": run.name,
@@ -320,18 +317,22 @@ def _save_artifact(run: Run, data: DataSet, model: nn.Module, scores: Mapping[st
             "split": "test",
             "float_top1": float_score["top1"],
             "top1": {bits: score["top1"] for bits, score in scores.items()},
-            "config": run.recipe.model_dump(mode="json", exclude={"data": {"root"}}),
+            "config": run.recipe.model_dump(mode="json", exclude={"data": set(_NOT_OF_THE_RESULT)}),
             "commit": source_commit(),
             **machine(run.device),
         },
     )
     again = load(run.directory.artifact, model=run.recipe.model.name).to(run.device)
-    images = data.normalized(data.test.images[:64].to(run.device))
+    images, _ = next(data.evaluation_batches("test", batch_size=64, device=run.device))
     model.eval()
     for width in run.recipe.bits:
         with torch.no_grad(), switched(model, width), switched(again, width):
             if not torch.equal(model(images), again(images)):
                 raise RuntimeError(f"the saved artifact does not give the trained model's logits at {width} bits")
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)})"
 
 
 def machine(device: torch.device | None = None) -> dict[str, Any]:
@@ -390,12 +391,11 @@ def evaluate_artifact(
     if not name or header.preprocessing is None:
         raise UserError(f"{path} does not say what data it is for: give them with --data")
     model = load(path, model=network).to(device)
-    fraction = header.provenance.get("config", {}).get("data", {}).get("val_fraction", 0.1)
-    data = load_data(name, val_fraction=fraction)
-    own = header.preprocessing
-    data = dataclasses.replace(data, mean=tuple(own["mean"]), std=tuple(own["std"]))
-    if list(data.train.images.shape[1:]) != list(own["shape"]):
-        raise UserError(f"{name} has images of {list(data.train.images.shape[1:])}, {path} wants {own['shape']}")
+    trained_on = header.provenance.get("config", {}).get("data", {})
+    said = {key: trained_on[key] for key in ("val_fraction", "unreadable") if key in trained_on}
+    data = load_data(name, **said).with_preprocessing(Preprocessing.from_json(header.preprocessing))
+    if header.classes is not None and header.classes != data.classes:
+        raise UserError(f"{name} has the classes {_few(data.classes)}, {path} was trained on {_few(header.classes)}")
     scores = _scores(model, data, split, list(wanted), device)
     results = [
         {"bits": width, "assignment": None, **dataclasses.asdict(score), "split": split, "data": name}
