@@ -10,7 +10,7 @@ import torch
 
 import bitswitch as bs
 from bitswitch.artifact import read_header
-from bitswitch.data import evaluation_batches, load_data
+from bitswitch.data import load_data
 from bitswitch.training import evaluate
 
 file = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/digits") / "model.safetensors"
@@ -30,7 +30,7 @@ precisions = {
 recipe = header.provenance["config"]["data"]
 data = load_data(recipe["name"], val_fraction=recipe["val_fraction"])
 # A width is chosen by what it does to `val`; `test` is for the final number.
-batches = evaluation_batches(data, "val", device=torch.device("cpu"))
+batches = data.evaluation_batches("val", batch_size=256, device=torch.device("cpu"))
 for name, score in zip(precisions, evaluate(model, batches, list(precisions.values())), strict=True):
     print(f"{name}: {score.top1:.2f} % of {score.images} val images")
 

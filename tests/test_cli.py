@@ -11,7 +11,7 @@ import torch
 
 import bitswitch as bs
 from bitswitch import artifact, cli
-from bitswitch.data import evaluation_batches, load_data
+from bitswitch.data import load_data
 
 SHORT = ["pretrain.epochs=2", "train.epochs=1"]
 
@@ -91,7 +91,7 @@ def test_the_artifact_gives_the_checkpoints_logits_to_the_last_bit(done):
     model.eval()
     loaded = bs.load(done / "model.safetensors")
     with torch.no_grad():
-        for x, _ in evaluation_batches(load_data("digits"), "test", device=torch.device("cpu")):
+        for x, _ in load_data("digits").evaluation_batches("test", batch_size=256, device=torch.device("cpu")):
             for width in (8, 6, 4, 2):
                 bs.switch(model, width)
                 bs.switch(loaded, width)

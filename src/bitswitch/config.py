@@ -24,11 +24,15 @@ class ModelPart(_Part):
 
 
 class DataPart(_Part):
-    """The data: a name, where they lie, and how much of train is set aside as val."""
+    """The data: a name, where they lie, how much of train is set aside as val; see `bitswitch.data.load_data`."""
 
     name: str
     root: str | None = None
     val_fraction: float = Field(0.1, ge=0, lt=1)
+    unreadable: Literal["refuse", "skip"] = "refuse"
+    download: bool = False
+    workers: int = Field(2, ge=0)
+    cache: str | None = None
 
 
 class EnginePart(_Part):

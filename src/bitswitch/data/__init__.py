@@ -1,7 +1,19 @@
-"""Images: small sets held in memory, splits, batches."""
+"""Images: data sets by name, splits, preprocessing, batches."""
 
-from bitswitch.data.batches import MemoryBatches, evaluation_batches
-from bitswitch.data.images import DataSet, ImageSet
+from bitswitch.data.dataset import Batches, DataSet
+from bitswitch.data.images import ImageSet
+from bitswitch.data.loader import FileDataSet, FileSet
+from bitswitch.data.memory import MemoryDataSet
+from bitswitch.data.preprocessing import Preprocessing
 from bitswitch.data.sources import load_data
 
-__all__ = ["DataSet", "ImageSet", "MemoryBatches", "evaluation_batches", "load_data"]
+__all__ = [
+    "Batches",
+    "DataSet",
+    "FileDataSet",
+    "FileSet",
+    "ImageSet",
+    "MemoryDataSet",
+    "Preprocessing",
+    "load_data",
+]

@@ -1,0 +1,98 @@
+"""Folders of images: one folder for each class, and what is in them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitswitch.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The images of a folder.
+
+    Attributes:
+        root: the folder.
+        classes: sorted names; a label is an index into them.
+        names: of the files below `root`, the training images first, both splits in the order of their classes.
+        labels: of the files.
+        train: how many of them are training images.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    labels: tuple[int, ...]
+    train: int
+
+    @property
+    def paths(self) -> list[str]:
+        """Where the files lie."""
+        return [str(self.root / name) for name in self.names]
+
+
+def list_images(root: Path) -> Listing:
+    """The images of a folder with train/ and test/ or val/, or of class folders alone, which are test.
+
+    Raises:
+        UserError: no such folder, no images, an empty class, or classes that differ between train and test.
+    """
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: name the one that holds the images")
+    train, test = _split_folders(root)
+    classes, tested = _classes(test)
+    trained: list[tuple[str, int]] = []
+    if train is not None:
+        train_classes, trained = _classes(train)
+        _same_classes(train, train_classes, test, classes)
+    found = trained + tested
+    names = tuple(Path(path).relative_to(root).as_posix() for path, _ in found)
+    return Listing(root, classes, names, tuple(label for _, label in found), len(trained))
+
+
+def _split_folders(root: Path) -> tuple[Path | None, Path]:
+    present = {name: root / name for name in ("train", "test", "val") if (root / name).is_dir()}
+    test = present.get("test", present.get("val"))
+    if "train" in present and test is None:
+        raise UserError(f"{root} has train/ but no test/ or val/ beside it: there is nothing to evaluate on")
+    return present.get("train"), test or root
+
+
+def _classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
+    """The classes of a split and its (path, label) pairs."""
+    classes = tuple(sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")))
+    if not classes:
+        raise UserError(f"{folder} has no folders of images in it: it needs one for each class")
+    found = []
+    for label, name in enumerate(classes):
+        inside = _images_below(folder / name)
+        if not inside:
+            raise UserError(f"the class folder {folder / name} holds no images: fill it or remove it")
+        found += [(path, label) for path in inside]
+    return classes, found
+
+
+def _images_below(folder: Path) -> list[str]:
+    found = []
+    for place, _, names in os.walk(folder, followlinks=True):
+        # A leading dot marks what other systems leave behind, such as the ._x.jpg of macOS.
+        found += [
+            os.path.join(place, name)  # noqa: PTH118 (Path is slow for a million files)
+            for name in names
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
+    return sorted(found)
+
+
+def _same_classes(train: Path, trained: Sequence[str], test: Path, tested: Sequence[str]) -> None:
+    differ = []
+    for place, more, less in ((train, trained, tested), (test, tested, trained)):
+        only = sorted(set(more) - set(less))
+        if only:
+            listed = ", ".join(only[:3]) + (f" and {len(only) - 3} more" if len(only) > 3 else "")
+            differ.append(f"only {place} has {listed}")
+    if differ:
+        raise UserError(f"{train} and {test} hold different classes: {'; '.join(differ)}")

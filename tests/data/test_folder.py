@@ -1,0 +1,230 @@
+"""Image folders: layouts, colours, damage, val, the cache."""
+
+import os
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bitswitch.data import FileDataSet, MemoryDataSet, contents, load_data
+from bitswitch.errors import UserError
+
+
+def refused(root, **words):
+    with pytest.raises(UserError) as caught:
+        load_data("image_folder", root, **words)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def content(data, split="train"):
+    """Images and labels, in whatever order."""
+    part = data.split(split)
+    return sorted((bytes(x.numpy().tobytes()), int(y)) for x, y in zip(part.images, part.labels, strict=True))
+
+
+def test_train_and_test(make_folder):
+    data = load_data("image_folder", make_folder(train=10, test=4))
+    assert isinstance(data, MemoryDataSet) and data.classes == ("ant", "bee", "cow")
+    assert [data.size(split) for split in ("train", "val", "test")] == [27, 3, 12]
+    assert data.preprocessing.shape == (3, 8, 8) and (data.shift, data.flip) == (1, True)
+    pixels = data.train.images.double() / 255
+    assert data.preprocessing.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert data.preprocessing.std == pytest.approx(pixels.transpose(0, 1).flatten(1).std(1).tolist(), abs=1e-6)
+
+
+def test_val_beside_train_is_the_test_split(make_folder):
+    root = make_folder(train=10, val=4)
+    assert [load_data(str(root)).size(split) for split in ("train", "val", "test")] == [27, 3, 12]
+
+
+@pytest.mark.parametrize("split", [".", "test", "val"])
+def test_class_folders_without_training_images_are_test(make_folder, cpu, split):
+    root = make_folder(**{split: 4})
+    data = load_data(str(root))
+    assert data.name == str(root) and [data.size(s) for s in ("train", "val", "test")] == [0, 0, 12]
+    with pytest.raises(UserError, match="no training images"):
+        data.training_batches(batch_size=2, seed=0, device=cpu)
+
+
+def test_labels_follow_the_sorted_names(make_folder):
+    root = make_folder(train=3, test=3, classes=("b", "A", "a"))
+    data = load_data(str(root), val_fraction=0)
+    assert data.classes == ("A", "a", "b")
+    for label, name in enumerate(data.classes):
+        files = {np.asarray(Image.open(p)).transpose(2, 0, 1).tobytes() for p in (root / "test" / name).iterdir()}
+        assert files == {x for x, y in content(data, "test") if y == label}
+
+
+def test_neither_the_place_nor_the_names_of_files_change_what_is_trained_on(make_folder, tmp_path, stream, cpu):
+    root = make_folder()
+    other = tmp_path / "elsewhere"
+    for number, path in enumerate(sorted(root.rglob("*.png"), reverse=True)):
+        place = other / path.parent.relative_to(root) / "deeper" / f"{number}.PNG"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    (other / "train" / "ant" / "._notes.png").write_text("left behind by another system")
+    (other / "train" / "ant" / "notes.txt").write_text("no image")
+    first, second = load_data(str(root)), load_data(str(other))
+    assert torch.equal(first.train.images, second.train.images) and torch.equal(first.val.images, second.val.images)
+    x, _ = stream(first.training_batches(batch_size=9, seed=0, device=cpu).epoch(0))
+    u, _ = stream(second.training_batches(batch_size=9, seed=0, device=cpu).epoch(0))
+    assert torch.equal(x, u)
+    assert len(set(first.train.labels[:12].tolist())) == 3  # a sample has all classes
+
+
+def test_val_is_chosen_by_content(make_folder, save_image):
+    root = make_folder(train=20, test=2)
+    before = load_data(str(root))
+    save_image(root / "train" / "ant" / "new.png", 999)
+    after = load_data(str(root))
+    # One more image moves at most one in or out.
+    assert len(set(content(before, "val")) ^ set(content(after, "val"))) <= 2
+    assert not {x for x, _ in content(after, "val")} & {x for x, _ in content(after, "train")}
+
+
+def test_layouts_that_cannot_be_used(make_folder, tmp_path):
+    assert "no test/ or val/" in refused(make_folder("alone", train=2))
+    (tmp_path / "empty").mkdir()
+    assert "no folders of images" in refused(tmp_path / "empty")
+    root = make_folder("gap", train=2, test=2)
+    shutil.rmtree(root / "train" / "bee")
+    assert "different classes" in refused(root) and "only " in refused(root) and "has bee" in refused(root)
+    (root / "train" / "bee").mkdir()
+    assert f"{root / 'train' / 'bee'} holds no images" in refused(root)
+    with pytest.raises(UserError, match="leave out data"):
+        load_data(str(root), root)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("L", ".jpg"), ("CMYK", ".jpg"), ("P", ".png"), ("RGBA", ".png")])
+def test_other_colours_become_rgb(make_folder, save_image, mode, suffix):
+    root = make_folder(train=2, test=2)
+    odd = root / "test" / "ant" / f"odd{suffix}"
+    save_image(odd, 77, mode=mode)
+    assert Image.open(odd).mode == mode
+    data = load_data(str(root))
+    assert isinstance(data, MemoryDataSet) and data.size("test") == 7
+    wanted = np.asarray(Image.open(odd).convert("RGB")).transpose(2, 0, 1).tobytes()
+    assert wanted in {x for x, y in content(data, "test") if y == 0}
+
+
+def damage(path, how):
+    whole = path.read_bytes()
+    path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"hello"}[how])
+
+
+@pytest.mark.parametrize("sizes", [((32, 32),), ((32, 32), (40, 36))], ids=["memory", "files"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+def test_damaged_images(make_folder, sizes, how):
+    root = make_folder(sizes=sizes, suffix=".jpg", train=4, test=2)
+    bad = root / "train" / "bee" / "001.jpg"
+    damage(bad, how)
+    for _ in range(2):  # the second time from the cache
+        assert str(bad) in refused(root) and "data.unreadable=skip" in refused(root)
+        with pytest.warns(UserWarning, match=r"1 of 18 images are left out: .*bee/001.jpg"):
+            data = load_data("image_folder", root, unreadable="skip", val_fraction=0.5)
+        assert isinstance(data, MemoryDataSet if len(sizes) == 1 else FileDataSet)
+        assert data.size("train") + data.size("val") == 11 and data.size("test") == 6
+    for path in (root / "train" / "bee").iterdir():
+        damage(path, how)
+    assert "and 3 more" in refused(root)
+    assert "class bee has no image that can be read" in refused(root, unreadable="skip")
+
+
+def test_a_disk_that_failed_once_is_not_remembered(make_folder, monkeypatch):
+    root = make_folder()
+    real = contents.read_image
+
+    def failing(path):
+        if path.endswith("train/ant/000.png"):
+            raise contents.UnreadableImage(f"{path} cannot be read: Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(contents, "read_image", failing)
+        assert "Input/output error" in refused(root)
+    assert load_data(str(root)).size("train") == 27
+
+
+def decodings(monkeypatch):
+    """A list that grows by the path of every image decoded into memory."""
+    seen, real = [], contents.read_image
+    monkeypatch.setattr(contents, "read_image", lambda path: seen.append(path) or real(path))
+    return seen
+
+
+def test_images_are_decoded_once(make_folder, monkeypatch, own_cache):
+    root, seen = make_folder(), decodings(monkeypatch)
+    first = load_data(str(root))
+    assert len(seen) == 42 and len(list(own_cache.iterdir())) == 1
+    second = load_data(str(root))
+    assert len(seen) == 42
+    assert first.fingerprint() == second.fingerprint() and content(first) == content(second)
+
+
+def test_the_cache_may_lie_elsewhere(make_folder, own_cache, tmp_path):
+    load_data(str(make_folder()), cache=tmp_path / "here")
+    assert list((tmp_path / "here").iterdir()) and not own_cache.exists()
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "nonsense", "folder"])
+def test_a_damaged_cache_is_made_again(make_folder, monkeypatch, own_cache, how):
+    root, seen = make_folder(), decodings(monkeypatch)
+    first = load_data(str(root))
+    (kept,) = own_cache.iterdir()
+    whole = kept.read_bytes()
+    if how == "folder":
+        kept.unlink()
+        (kept / "inside").mkdir(parents=True)
+    else:
+        # One bit of a pixel: still a valid safetensors file.
+        flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+        kept.write_bytes({"cut": whole[:-9], "flipped": flipped, "nonsense": b"nonsense"}[how])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        second = load_data(str(root))
+    assert len(seen) == 84 and content(first) == content(second)
+    if how == "folder":
+        assert any("not kept for the next time" in str(warning.message) for warning in told)
+    else:
+        load_data(str(root))
+        assert len(seen) == 84
+
+
+def test_changed_content_is_decoded_again(make_folder, save_image, monkeypatch):
+    root, seen = make_folder(suffix=".bmp"), decodings(monkeypatch)
+    first = load_data(str(root))
+    path = root / "train" / "ant" / "000.bmp"
+    before = path.stat()
+    save_image(path, 1234)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size and path.stat().st_mtime_ns == before.st_mtime_ns
+    second = load_data(str(root))
+    assert len(seen) == 84 and first.fingerprint() != second.fingerprint()
+
+
+def test_hashes_of_a_large_folder_are_remembered_by_size_and_times(make_folder, save_image, monkeypatch):
+    monkeypatch.setattr(contents, "_MOST_BYTES_HASHED_EVERY_TIME", 0)
+    hashed, real = [], contents.file_digests
+    monkeypatch.setattr(contents, "file_digests", lambda paths, workers: hashed.append(paths) or real(paths, workers))
+    root = make_folder(suffix=".bmp")
+    first = load_data(str(root))
+    load_data(str(root))
+    assert [len(paths) for paths in hashed] == [42]
+    path = root / "train" / "ant" / "000.bmp"
+    before = path.stat()
+    save_image(path, 1234)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = load_data(str(root))
+    assert hashed[1:] == [[str(path)]] and first.fingerprint() != second.fingerprint()
+
+
+def test_more_than_memory_takes_stays_in_files(make_folder, monkeypatch):
+    root = make_folder()
+    monkeypatch.setattr(contents, "_MOST_BYTES_IN_MEMORY", 42 * 3 * 8 * 8)
+    assert isinstance(load_data(str(root), cache=root / "a"), MemoryDataSet)
+    monkeypatch.setattr(contents, "_MOST_BYTES_IN_MEMORY", 42 * 3 * 8 * 8 - 1)
+    assert isinstance(load_data(str(root), cache=root / "b"), FileDataSet)
