@@ -17,7 +17,8 @@ import torch
 
 from bitswitch.data import Batches, DataSet, MemoryDataSet, load_data
 from bitswitch.errors import UserError
-from bitswitch.pipeline import choose_device, machine, source_commit
+from bitswitch.machine import machine, source_commit
+from bitswitch.pipeline import choose_device
 
 
 def rate(batches: Batches, seconds: float, device: torch.device) -> dict[str, Any]:

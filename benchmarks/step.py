@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitswitch as bs
-from bitswitch.models import build
 from bitswitch.machine import machine, source_commit
+from bitswitch.models import build
 
 WIDTHS = (8, 4, 2)
 BREVITAS_BITS = 4

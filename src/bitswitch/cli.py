@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ require("yaml", "train")
 require("pydantic", "train")
 require("torch", "train")
 
+import torch  # noqa: E402
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
@@ -23,6 +25,7 @@ from rich.table import Table  # noqa: E402
 from bitswitch import artifact, evaluation, files, pipeline  # noqa: E402
 from bitswitch.config import load_recipe, recipe_names, to_yaml  # noqa: E402
 from bitswitch.rundir import RunDirectory  # noqa: E402
+from bitswitch.training import distributed  # noqa: E402
 from bitswitch.version import __version__  # noqa: E402
 
 # The base of every complaint about the words of a command; typer carries its own copy of click or takes it from outside.
@@ -45,29 +48,35 @@ output = Console(soft_wrap=True, highlight=False)
 
 RecipeName = Annotated[str, typer.Argument(help="A built-in recipe, or the path of a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ..., the values as YAML.")]
-File = Annotated[Path, typer.Argument(help="An artifact.")]
+File = Annotated[Path, typer.Argument(help="An artifact; evaluate takes checkpoints, too.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; auto takes CUDA where there is one.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="In place of the recipe's.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/<recipe> where it is not given.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do these stages again whatever is there.")]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard into the run directory.")
+]
 Report = Annotated[Path | None, typer.Option("--out", help="Also write the JSON document into this folder.")]
 
 
 class TerminalReporter:
-    """Notes and progress bars on stderr; no bars where it is not a terminal."""
+    """Notes and progress bars on stderr; no bars where it is not a terminal; nothing from ranks other than the first."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.silent = silent
 
     def note(self, text: str) -> None:
         """A line."""
-        errors.print(text, markup=False)
+        if not self.silent:
+            errors.print(text, markup=False)
 
     @contextlib.contextmanager
     def progress(self, stage: str, steps: int, done: int) -> Iterator[Callable[[str], None]]:
         """A progress bar with the time left."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(
-            *columns, TextColumn("{task.fields[text]}"), console=errors, disable=not errors.is_terminal
-        ) as bar:
+        hidden = self.silent or not errors.is_terminal
+        with Progress(*columns, TextColumn("{task.fields[text]}"), console=errors, disable=hidden) as bar:
             task = bar.add_task(stage, total=steps, completed=done, text="")
             yield lambda text: bar.update(task, advance=1, text=text)
 
@@ -88,22 +97,39 @@ def _stages(
     seed: int | None,
     out: Path | None,
     fresh: bool,
+    tensorboard: bool,
 ) -> None:
     """Do stages, and show what they reached."""
     config = load_recipe(recipe, overrides or [], seed=seed)
     name = Path(recipe).stem
-    run = pipeline.Run(
-        name=name,
-        recipe=config,
-        directory=RunDirectory(out or Path("runs") / name),
-        device=pipeline.choose_device(device),
-        reporter=TerminalReporter(),
-    )
-    records = pipeline.execute(run, stages, fresh=fresh)
+    with _ranks(device) as (world, place):
+        run = pipeline.Run(
+            name=name,
+            recipe=config,
+            directory=RunDirectory(out or Path("runs") / name),
+            device=place,
+            reporter=TerminalReporter(silent=not world.first),
+            world=world,
+            tensorboard=tensorboard,
+        )
+        records = pipeline.execute(run, stages, fresh=fresh)
+    if not world.first:
+        return
     document = _run_document(
         run, {stage: records[stage] for stage in records if stage in stages or stage == "pretrain"}
     )
     _emit(document, as_json, lambda: _show_run(document))
+
+
+@contextlib.contextmanager
+def _ranks(device: str) -> Iterator[tuple[distributed.World, torch.device]]:
+    """This process among those that torchrun started, and its device."""
+    place = pipeline.choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    world = distributed.join(place.type)
+    try:
+        yield world, place
+    finally:
+        distributed.leave()
 
 
 def _run_document(run: pipeline.Run, records: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +137,8 @@ def _run_document(run: pipeline.Run, records: dict[str, Any]) -> dict[str, Any]:
     for record in records.values():
         for bits, score in record["result"].items():
             rows.append({"bits": None if bits == "float" else int(bits), "split": "test", **score})
-    file = run.directory.artifact if "train" in records else None
+    made = "train" in records and run.directory.artifact.name in records["train"]["outputs"]
+    file = run.directory.artifact if made else None
     return {
         "results": rows,
         "run": str(run.directory.path),
@@ -122,11 +149,13 @@ def _run_document(run: pipeline.Run, records: dict[str, Any]) -> dict[str, Any]:
 
 def _score_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in ("precision", "top-1 %", "top-5 %", "loss", "images"):
+    for column in ("precision", "top-1 %", "95 % interval", "top-5 %", "loss", "images"):
         table.add_column(column, justify="right")
     for row in rows:
         name = "float" if row["bits"] is None else f"{row['bits']} bits"
-        table.add_row(name, f"{row['top1']:.2f}", f"{row['top5']:.2f}", f"{row['loss']:.4f}", str(row["images"]))
+        interval = "{:.2f} - {:.2f}".format(*row["top1_interval"])
+        numbers = (f"{row['top1']:.2f}", interval, f"{row['top5']:.2f}", f"{row['loss']:.4f}")
+        table.add_row(name, *numbers, str(row["images"]))
     return table
 
 
@@ -145,9 +174,10 @@ def run(
     seed: Seed = None,
     out: Out = None,
     fresh: Fresh = False,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Every stage of a recipe in order; takes up where it stopped."""
-    _stages(pipeline.STAGES, recipe, overrides, json_, device, seed, out, fresh)
+    _stages(pipeline.STAGES, recipe, overrides, json_, device, seed, out, fresh, tensorboard)
 
 
 @app.command()
@@ -159,9 +189,10 @@ def pretrain(
     seed: Seed = None,
     out: Out = None,
     fresh: Fresh = False,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train the float network."""
-    _stages(["pretrain"], recipe, overrides, json_, device, seed, out, fresh)
+    _stages(["pretrain"], recipe, overrides, json_, device, seed, out, fresh, tensorboard)
 
 
 @app.command()
@@ -173,9 +204,10 @@ def train(
     seed: Seed = None,
     out: Out = None,
     fresh: Fresh = False,
+    tensorboard: TensorBoard = False,
 ) -> None:
     """Train all bit-widths together, from the float network, and write the artifact."""
-    _stages(["train"], recipe, overrides, json_, device, seed, out, fresh)
+    _stages(["train"], recipe, overrides, json_, device, seed, out, fresh, tensorboard)
 
 
 @app.command()
@@ -185,22 +217,32 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="A data name or an image folder; its own where not given.")] = None,
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
     model: Annotated[str | None, typer.Option(help="The network where the file does not name it.")] = None,
+    recalibrate: Annotated[int, typer.Option(help="Estimate BatchNorm anew from so many training images.", min=0)] = 0,
+    confusion: Annotated[
+        bool, typer.Option("--confusion", help="Add confusion matrices to the JSON document.")
+    ] = False,
     json_: Json = False,
     device: Device = "auto",
     seed: Seed = None,
     out: Report = None,
 ) -> None:
-    """Accuracy of an artifact at every width."""
+    """Accuracy of an artifact, or of a checkpoint, at every width."""
     if split not in ("test", "val"):
         raise UserError(f"--split {split}: use test or val")
-    document = evaluation.evaluate_file(
-        file,
-        bits=_widths(bits),
-        data_name=data,
-        split=split,
-        network=model,
-        device=pipeline.choose_device(device),
-    )
+    with _ranks(device) as (world, place):
+        document = evaluation.evaluate_file(
+            file,
+            bits=_widths(bits),
+            data_name=data,
+            split=split,
+            network=model,
+            device=place,
+            world=world,
+            recalibration_images=recalibrate,
+            confusion=confusion,
+        )
+    if not world.first:
+        return
     if out is not None:
         files.write_json(out / "evaluate.json", document)
     _emit(document, json_, lambda: output.print(_score_table(f"{file}, on {split}", document["results"])))

@@ -132,7 +132,9 @@ def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> _
     about, plan = state["about"], Plan.from_json(state["plan"])
     name = network or about["network"]["name"]
     if network is None and not is_trusted(name):
-        raise UserError(f"{path} names the network {name!r}, and no code is imported on the word of a file: give --model")
+        raise UserError(
+            f"{path} names the network {name!r}, and no code is imported on the word of a file: give --model"
+        )
     model = apply(build(name, about["network"]["args"]), plan)
     model.load_state_dict(state["model"])
     known = {key: about[key] for key in ("preprocessing", "data", "data_config")}

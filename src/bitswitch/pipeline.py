@@ -229,9 +229,7 @@ def _pretrain(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
         load_weights(model, part.checkpoint)
     _join_ranks(run, model.to(run.device), part)
     engine = _engine(run, part)
-    objective = FloatObjective(
-        model, lr=part.lr, momentum=part.momentum, weight_decay=part.weight_decay, engine=engine
-    )
+    objective = FloatObjective(model, lr=part.lr, momentum=part.momentum, weight_decay=part.weight_decay, engine=engine)
     _train_loop(run, data, "pretrain", objective, engine, part.epochs, part.batch_size, [None], {})
     (score,) = _final_scores(run, data, "pretrain", model, [None])
     return {"float": score}, [run.directory.checkpoint("pretrain")]
@@ -266,7 +264,9 @@ def _train(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     scores = dict(zip(map(str, widths), _final_scores(run, data, "train", model, list(widths)), strict=True))
     outputs = [run.directory.checkpoint("train")]
     if part.method != "double_rounding":
-        run.reporter.note(f"train: {part.method} is for comparison and has no artifact; its checkpoint can be evaluated")
+        run.reporter.note(
+            f"train: {part.method} is for comparison and has no artifact; its checkpoint can be evaluated"
+        )
         return scores, outputs
     if run.world.first:
         _save_artifact(run, data, model, scores)
@@ -409,7 +409,9 @@ class _Pace:
 
     def tell(self, losses: Mapping[str, float], scores: Sequence[Mapping[str, Any]] | None) -> None:
         """Remember an epoch's scores, or its losses where there is no val."""
-        parts = [f"{name}: {scores[i]['top1'] if scores else loss:.2f}" for i, (name, loss) in enumerate(losses.items())]
+        parts = [
+            f"{name}: {scores[i]['top1'] if scores else loss:.2f}" for i, (name, loss) in enumerate(losses.items())
+        ]
         self.last = " ".join(parts)
 
     def text(self) -> str:
@@ -419,9 +421,7 @@ class _Pace:
         return f"{rate:,.0f} images/s {self.last}"
 
 
-def _scores(
-    run: Run, model: nn.Module, data: DataSet, split: str, precisions: Sequence[Any]
-) -> list[dict[str, Any]]:
+def _scores(run: Run, model: nn.Module, data: DataSet, split: str, precisions: Sequence[Any]) -> list[dict[str, Any]]:
     """Scores on a split as plain values, the images shared among the ranks."""
     batches = data.evaluation_batches(
         split, batch_size=_EVALUATION_BATCH, device=run.device, rank=run.world.rank, world=run.world.size

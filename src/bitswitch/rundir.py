@@ -134,9 +134,7 @@ class RunDirectory:
             with path.open("a", encoding="utf-8") as stream:
                 stream.write("".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error.strerror}; what was there before is as it was"
-            ) from error
+            raise UserError(f"cannot write {path}: {error.strerror}; what was there before is as it was") from error
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

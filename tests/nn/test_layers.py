@@ -280,6 +280,7 @@ def test_quantize_replaces_attention_by_its_equal():
         torch.testing.assert_close(quantized(x), model(x), rtol=0.05, atol=0.15)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize(("batch_first", "norm_first"), [(True, False), (True, True), (False, False)])
@@ -308,6 +309,16 @@ def test_encoders_in_eval_run_their_quantized_layers(stacked, batch_first, norm_
         seen = ~hidden if batch_first else ~hidden.T
         got, wanted = got[seen], wanted[seen]
     torch.testing.assert_close(got, wanted, rtol=0.1, atol=0.2)
+
+
+def test_an_encoder_whose_attention_stays_float_runs_the_rest_quantized():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(12, 2, 16, 0.0, batch_first=True).eval()
+    model.self_attn = nn.MultiheadAttention(12, 2, add_zero_attn=True, batch_first=True).eval()
+    with pytest.warns(UserWarning, match="self_attn"):
+        quantized = bs.quantize(model, example_inputs=data(2, 5, 12), bits=WIDTHS, keep_first_last=False)
+    assert set(bs.widths(quantized)) == {"linear1", "linear2"}
+    assert_every_layer_counts(quantized, data(2, 5, 12))
 
 
 def test_a_decoder_runs_its_quantized_layers():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bitswitch.errors import UserError
-from bitswitch.training.distributed import World
 from bitswitch.training.checkpoints import load_checkpoint, save_checkpoint
+from bitswitch.training.distributed import World
 from bitswitch.training.objectives import Objective
 
 # How many steps may pass before a loss that is not finite is noticed: each look waits for the device.
@@ -63,7 +63,7 @@ class Loop:
     on_step: Callable[[], None]
     on_epoch: Callable[[int, dict[str, float]], None]
     seed: int = 0
-    world: World = World()
+    world: World = field(default_factory=World)
     epochs_done: int = 0
 
     def resume(self) -> int:
@@ -88,7 +88,9 @@ class Loop:
         while self.epochs_done < self.epochs:
             self.objective.model.train()
             # Seeded by the epoch, so that a resumed run, with any number of ranks, needs no stored state.
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.epochs_done, self.world.rank)).generate_state(1)[0]))
+            torch.manual_seed(
+                int(np.random.SeedSequence((self.seed, self.epochs_done, self.world.rank)).generate_state(1)[0])
+            )
             losses = self._epoch(self.epochs_done)
             self.on_epoch(self.epochs_done, dict(zip(self.objective.names, losses, strict=True)))
             self.epochs_done += 1

@@ -24,7 +24,9 @@ class ScaleGradients:
     @torch.no_grad()
     def add(self, width: int) -> None:
         """Take the gradients that are there, after a backward at `width`."""
-        sizes = torch.stack([_size(gradient) for layer in self._layers.values() for gradient in _gradients(layer, width)])
+        sizes = torch.stack(
+            [_size(gradient) for layer in self._layers.values() for gradient in _gradients(layer, width)]
+        )
         known = width in self._sums
         self._sums[width] = self._sums[width] + sizes if known else sizes
         self._peaks[width] = self._peaks[width].maximum(sizes) if known else sizes
