@@ -94,6 +94,16 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
             gradient.copy_(part.view_as(gradient))
 
 
+@torch.no_grad()
+def average(tensor: Tensor, world: World) -> Tensor:
+    """The mean of the ranks' tensors, on every rank."""
+    if world.size == 1:
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor)
+    return tensor.div_(world.size)
+
+
 def from_first(value: Any, world: World) -> Any:
     """Rank 0's plain value on every rank."""
     if world.size == 1:

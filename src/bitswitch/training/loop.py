@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitswitch.errors import UserError
 from bitswitch.training.checkpoints import load_checkpoint, save_checkpoint
-from bitswitch.training.distributed import World
+from bitswitch.training.distributed import World, average
 from bitswitch.training.objectives import Objective
 
 # How many steps may pass before a loss that is not finite is noticed: each look waits for the device.
@@ -105,7 +105,7 @@ class Loop:
             seen.append(self.objective.step(x, y, factor))
             self.on_step()
             if len(seen) == _LOOK_EVERY or step == steps - 1:
-                window = torch.stack(seen).double().cpu()
+                window = average(torch.stack(seen).double(), self.world).cpu()
                 self._check(window, epoch, step + 1 - len(seen))
                 total += window.sum(0)
                 seen = []

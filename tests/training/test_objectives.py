@@ -1,0 +1,125 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import bitswitch as bs
+from bitswitch.training import (
+    Distillation,
+    Engine,
+    FloatObjective,
+    JointObjective,
+    MultiPrecisionOptimizer,
+    ScaleGradients,
+)
+
+LABELS = torch.arange(16) % 5
+
+
+def joint(model, **options):
+    return JointObjective(model, MultiPrecisionOptimizer(model), **options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_distillation_against_its_definition(temperature):
+    student, teacher = torch.randn(2, 7, 5, dtype=torch.float64)
+    labels = torch.arange(7) % 5
+    p, q = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
+    divergence = (p * (p.log() - q.log())).sum(1).mean()
+    expected = 0.3 * F.cross_entropy(student, labels) + 0.7 * temperature**2 * divergence
+    kd = Distillation(teacher="float", temperature=temperature, weight=0.7)
+    assert torch.allclose(kd.loss(student, labels, teacher), expected)
+    assert torch.equal(kd.loss(student, labels, None), F.cross_entropy(student, labels))
+
+
+def test_the_float_teacher_teaches_every_width_and_is_left_alone(quantized, network, images):
+    before = copy.deepcopy(network.state_dict())
+    seen = []
+    objective = joint(quantized, distillation=Distillation(teacher="float"), teacher=network)
+    objective.distillation = type(
+        "Spy", (), {"teacher": "float", "loss": lambda _, s, y, t: (seen.append(t), s.sum())[1]}
+    )()
+    objective.step(images, LABELS, 1.0)
+    with torch.no_grad():
+        expected = network(images)
+    assert len(seen) == 4 and all(torch.equal(t, expected) for t in seen)
+    assert all(torch.equal(t, before[n]) for n, t in network.state_dict().items())
+
+
+def test_the_highest_width_teaches_the_others_in_place(quantized, images):
+    seen = []
+    objective = joint(quantized, distillation=Distillation(teacher="highest"))
+    spy = {"teacher": "highest", "loss": lambda _, s, y, t: (seen.append((s.detach(), t)), s.square().sum())[1]}
+    objective.distillation = type("Spy", (), spy)()
+    objective.step(images, LABELS, 1.0)
+    assert seen[0][1] is None
+    assert all(torch.equal(teacher, seen[0][0]) for _, teacher in seen[1:])
+    assert not any(teacher.requires_grad for _, teacher in seen[1:])
+
+
+def test_a_teacher_is_given_exactly_where_it_is_asked_for(quantized, network):
+    with pytest.raises(ValueError, match="teacher"):
+        joint(quantized, teacher=network)
+    with pytest.raises(ValueError, match="teacher"):
+        joint(quantized, distillation=Distillation(teacher="float"))
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_are_the_whole_batch(quantized, images, parts):
+    """Without batch statistics the gradients are those of the whole batch, the LSQ factor of scales too."""
+    quantized.double().eval()
+    images = images.double()
+    found = []
+    for micro_batches in (1, parts):
+        model, kept = copy.deepcopy(quantized), {}
+        objective = joint(model, engine=Engine(micro_batches=micro_batches))
+        objective.on_gradients = lambda width, model=model, kept=kept: kept.update(
+            {(width, n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
+        objective.optimizer.step = lambda width, model=model: model.zero_grad()
+        losses = objective.step(images, LABELS, 1.0)
+        found.append((losses, kept))
+    (one, a), (many, b) = found
+    assert torch.allclose(one, many) and a.keys() == b.keys()
+    assert all(torch.allclose(a[key], b[key], rtol=1e-9, atol=1e-12) for key in a)
+
+
+def test_bfloat16_and_channels_last_train(quantized, images):
+    objective = joint(quantized, engine=Engine(precision="bfloat16", channels_last=True))
+    losses = [objective.step(images, LABELS, 1.0) for _ in range(8)]
+    assert losses[-1].max() < losses[0].min() and losses[0].dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in quantized.parameters())
+    assert quantized.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_float_training_lowers_the_loss(network, images):
+    objective = FloatObjective(network, lr=0.05, momentum=0.9, weight_decay=0, engine=Engine(micro_batches=2))
+    losses = [float(objective.step(images, LABELS, 1.0)) for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
+def test_scale_gradients_are_recorded_by_layer_and_width(quantized, images):
+    observed = ScaleGradients(quantized)
+    sizes = {}
+
+    def both(width):
+        observed.add(width)
+        layer = quantized.conv2
+        sizes.setdefault(width, []).append(
+            (
+                layer.weight_quantizer.scale_parameter.grad.abs().item(),
+                layer.input_quantizer.scale_parameter[str(width)].grad.abs().item(),
+            )
+        )
+
+    objective = joint(quantized, on_gradients=both)
+    for _ in range(3):
+        objective.step(images, LABELS, 1.0)
+    rows = {(row["bits"], row["layer"]): row for row in observed.rows()}
+    assert set(rows) == {(w, n) for w in (8, 6, 4, 2) for n in bs.widths(quantized)}
+    for width, pairs in sizes.items():
+        row = rows[width, "conv2"]
+        assert row["weight_mean"] == pytest.approx(sum(p[0] for p in pairs) / 3, rel=1e-5)
+        assert row["input_max"] == pytest.approx(max(p[1] for p in pairs), rel=1e-6)
+    assert observed.rows() == []
