@@ -52,4 +52,4 @@ def update(document: str | Path, results: str | Path) -> None:
     _, end, after = rest.partition(_END)
     if not begin or not end:
         raise UserError(f"{document} lacks the lines {_BEGIN} and {_END}")
-    files.write(document, "\n".join([before + begin, "", "\n\n".join(tables), "", end + after]).encode())
+    files.write(document, "\n\n".join([before + begin, *tables, end + after]).encode())
