@@ -24,11 +24,15 @@ class ModelPart(_Part):
 
 
 class DataPart(_Part):
-    """The data: a name, where they lie, how much of train is set aside as val; see `bitswitch.data.load_data`."""
+    """The data: a name, where they lie, how much of train is set aside as val; see `bitswitch.data.load_data`.
+
+    `mean` and `std` replace the data's own, for weights that were trained with others."""
 
     name: str
     root: str | None = None
     val_fraction: float = Field(0.1, ge=0, lt=1)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     unreadable: Literal["refuse", "skip"] = "refuse"
     download: bool = False
     workers: int = Field(2, ge=0)

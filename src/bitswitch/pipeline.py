@@ -109,7 +109,7 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
     if not run.world.first:
         # The first rank decodes and fills the cache.
         barrier()
-    data = load_data(**run.recipe.data.model_dump())
+    data = open_data(run.recipe)
     if run.world.first:
         barrier()
     with run.directory.locked() if run.world.first else nullcontext():
@@ -118,6 +118,14 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
         for stage in stages:
             _do(run, data, stage)
         return run.directory.records()
+
+
+def open_data(recipe: Recipe) -> DataSet:
+    """The recipe's data, with its own mean and standard deviation where the recipe gives them."""
+    part = recipe.data.model_dump()
+    own: dict[str, Any] = {key: tuple(value) for key in ("mean", "std") if (value := part.pop(key)) is not None}
+    data = load_data(**part)
+    return data.with_preprocessing(dataclasses.replace(data.preprocessing, **own)) if own else data
 
 
 def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> None:
@@ -228,9 +236,10 @@ def _pretrain(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     if part.checkpoint:
         load_weights(model, part.checkpoint)
     _join_ranks(run, model.to(run.device), part)
-    engine = _engine(run, part)
-    objective = FloatObjective(model, lr=part.lr, momentum=part.momentum, weight_decay=part.weight_decay, engine=engine)
-    _train_loop(run, data, "pretrain", objective, engine, part.epochs, part.batch_size, [None], {})
+    objective = FloatObjective(
+        model, lr=part.lr, momentum=part.momentum, weight_decay=part.weight_decay, engine=_engine(run, part)
+    )
+    _train_loop(run, data, "pretrain", objective, part.epochs, part.batch_size, [None], {})
     (score,) = _final_scores(run, data, "pretrain", model, [None])
     return {"float": score}, [run.directory.checkpoint("pretrain")]
 
@@ -239,28 +248,11 @@ def _train(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     part, widths = run.recipe.train, run.recipe.bits
     model = _start_of_training(run, data).to(run.device)
     _join_ranks(run, model, part)
-    optimizer = MultiPrecisionOptimizer(
-        model,
-        lr=part.lr,
-        scale_lr=part.scale_lr,
-        weight_decay=part.weight_decay,
-        alrs=part.alrs,
-        eta=part.eta,
-        clip=part.clip,
-    )
     observed = ScaleGradients(model) if part.record_scale_gradients else None
-    engine = _engine(run, part)
-    objective = JointObjective(
-        model,
-        optimizer,
-        part.order,
-        distillation=Distillation(**part.distillation.model_dump()),
-        teacher=_float_network(run, data).to(run.device) if part.distillation.teacher == "float" else None,
-        engine=engine,
-        on_gradients=observed.add if observed else None,
-    )
+    teacher = _float_network(run, data).to(run.device) if part.distillation.teacher == "float" else None
+    objective = joint_objective(run, model, teacher, observed)
     extra = {"plan": plan_of(model).to_json(), "about": _about(run, data)}
-    _train_loop(run, data, "train", objective, engine, part.epochs, part.batch_size, list(widths), extra, observed)
+    _train_loop(run, data, "train", objective, part.epochs, part.batch_size, list(widths), extra, observed)
     scores = dict(zip(map(str, widths), _final_scores(run, data, "train", model, list(widths)), strict=True))
     outputs = [run.directory.checkpoint("train")]
     if part.method != "double_rounding":
@@ -271,6 +263,38 @@ def _train(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     if run.world.first:
         _save_artifact(run, data, model, scores)
     return scores, [*outputs, run.directory.artifact]
+
+
+def joint_objective(
+    run: Run, model: nn.Module, teacher: nn.Module | None, observed: ScaleGradients | None = None
+) -> JointObjective:
+    """The joint objective as the recipe says.
+
+    Args:
+        run: has the recipe.
+        model: quantized.
+        teacher: the float network, where the recipe's distillation asks for it.
+        observed: records gradients of scales.
+    """
+    part = run.recipe.train
+    optimizer = MultiPrecisionOptimizer(
+        model,
+        lr=part.lr,
+        scale_lr=part.scale_lr,
+        weight_decay=part.weight_decay,
+        alrs=part.alrs,
+        eta=part.eta,
+        clip=part.clip,
+    )
+    return JointObjective(
+        model,
+        optimizer,
+        part.order,
+        distillation=Distillation(**part.distillation.model_dump()),
+        teacher=teacher,
+        engine=_engine(run, part),
+        on_gradients=observed.add if observed else None,
+    )
 
 
 def _join_ranks(run: Run, model: nn.Module, part: EnginePart) -> None:
@@ -345,7 +369,6 @@ def _train_loop(
     data: DataSet,
     stage: str,
     objective: Objective,
-    engine: Engine,
     epochs: int,
     batch_size: int,
     precisions: Sequence[int | None],

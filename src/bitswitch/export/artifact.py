@@ -131,7 +131,7 @@ def _entry(name: str, layer: QuantizedLayer, plan: Plan) -> artifact.LayerEntry:
         raise UserError(f"the weight of {name!r} holds values that are not finite: the training diverged")
     return artifact.LayerEntry(
         name=name,
-        shape=tuple((layer.weight if layer.codes is None else layer.codes).shape),
+        shape=tuple(layer.stored_shape),
         bits=layer.weight_quantizer.high,
         input=layer.input_quantizer.kind,
         squared_error=layer.squared_errors(),

@@ -1,6 +1,7 @@
 """State and dispatch: quantized layers, a batch normalization per width, `quantize`, `switch`."""
 
 from bitswitch.nn.layers import QuantizedLayer
+from bitswitch.nn.mode import evaluating
 from bitswitch.nn.norm import SwitchableBatchNorm
 from bitswitch.nn.plan import Plan, apply, freeze, plan_of
 from bitswitch.nn.quantize import quantize
@@ -16,6 +17,7 @@ __all__ = [
     "WeightQuantizer",
     "apply",
     "assignment",
+    "evaluating",
     "freeze",
     "plan_of",
     "quantize",

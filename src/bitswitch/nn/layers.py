@@ -49,6 +49,11 @@ class QuantizedLayer(nn.Module):
         """The widths that this layer can have, highest first."""
         return self.weight_quantizer.widths
 
+    @property
+    def stored_shape(self) -> torch.Size:
+        """The shape of the weight, and of its codes."""
+        return self.weight.shape if self.codes is None else self.codes.shape
+
     def weight_at(self, width: int) -> Tensor:
         """The weight as it is at `width` bits: float, the shape of the weight."""
         if self.codes is None:

@@ -1,7 +1,7 @@
 """One example forward, watched: which layers run, in which order, on what data, and what flows where."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bitswitch.nn.mode import evaluating
 from bitswitch.nn.norm import BATCH_NORMS
 from bitswitch.numerics.scales import sample
 
@@ -85,19 +86,6 @@ def _before(module: nn.Module, call: Callable[[tuple[Any, ...], dict[str, Any]],
     return module.register_forward_pre_hook(lambda _, args, kwargs: call(args, kwargs), with_kwargs=True)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def trace(model: nn.Module, example_inputs: tuple[Any, ...], watched: Mapping[str, nn.Module]) -> Trace:
     """Run `model(*example_inputs)` once in eval mode and record what the watched layers do.
 
@@ -134,7 +122,8 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], watched: Mapping[st
         for name, module in model.named_modules():
             if isinstance(module, BATCH_NORMS):
                 stack.callback(_before(module, partial(note_ancestor, name)).remove)
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.no_grad())
         stack.enter_context(flow)
         model(*example_inputs)
     return seen

@@ -1,7 +1,7 @@
 """Accuracy at every width, in one pass over the data."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitswitch.errors import UserError
-from bitswitch.nn import switched
+from bitswitch.nn import evaluating, switched
 from bitswitch.training.distributed import World, gather_rows
 
 PrecisionChoice = int | Mapping[str, int] | None
@@ -81,18 +81,6 @@ def evaluate(
     if confusion is not None:
         confusion += counts
     return _scores([row.flatten().tolist() for row in rows], len(precisions), world)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of a `with` block; every module then has its own mode again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _totals(logits: Tensor, y: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from bitswitch.nn import SwitchableBatchNorm, switched
+from bitswitch.nn import SwitchableBatchNorm, evaluating, switched
 from bitswitch.nn.norm import BATCH_NORMS
-from bitswitch.training.evaluate import PrecisionChoice, evaluating
+from bitswitch.training.evaluate import PrecisionChoice
 
 
 @torch.no_grad()
