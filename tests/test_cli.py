@@ -172,6 +172,8 @@ def test_two_processes_cannot_work_in_one_directory(capsys, copied):
         (["run", "digits", "bits=8"], ["list of bit-widths"]),
         (["run", "digits", "data.name=digist"], ["no data set", "did you mean 'digits'"]),
         (["run", "digits", "model.name=resnet19"], ["no network is named 'resnet19'"]),
+        (["run", "digits", "model.args={in_channels: 1, num_classes: 7}"], ["[7] outputs", "digits has 10 classes"]),
+        (["run", "digits", "model.args={in_channels: 3}"], ["cannot take images of [1, 8, 8]"]),
         (["run", "digits", "model.args={colour: 1}"], ["does not take the arguments"]),
         (["run", "digits", "--device", "cuda"], ["--device cuda", "no such device"]),
         (["run", "digits", "--device", "abacus"], ["--device abacus"]),
@@ -193,12 +195,15 @@ def test_bad_input_is_told_in_one_line(capsys, tmp_path, words, told):
     assert not (tmp_path / "x" / "checkpoints").exists()
 
 
-def test_a_model_without_quantizable_layers(capsys, tmp_path):
+def test_a_model_without_quantizable_layers(capsys, tmp_path, monkeypatch):
     """Told before the float network is trained, not after."""
-    for network, args in (("Flatten", "{}"), ("Conv2d", "{in_channels: 1, out_channels: 10, kernel_size: 8}")):
-        words = ["run", "digits", f"model.name=torch.nn:{network}", f"model.args={args}", "--out", tmp_path]
-        one_line(call(capsys, *words), network, "no layer to quantize")
-        assert not (tmp_path / "checkpoints").exists()
+    (tmp_path / "plain.py").write_text(
+        "from torch import nn\ndef build(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["run", "digits", "model.name=plain:build", "model.args={}", "--out", tmp_path / "x"]
+    one_line(call(capsys, *words), "no layer to quantize", "Sequential")
+    assert not (tmp_path / "x" / "checkpoints").exists()
 
 
 def test_a_loss_that_is_not_finite(capsys, copied):
@@ -241,6 +246,14 @@ def test_bad_artifacts(capsys, copied):
     one_line(call(capsys, "evaluate", path), "cannot be used")
     path.write_bytes(whole.replace(b'\\"version\\":1,', b'\\"version\\":7,'))
     one_line(call(capsys, "inspect", path), "version 7", "upgrade bitswitch")
+
+
+def test_out_of_memory_names_the_settings_to_change(capsys, tmp_path, monkeypatch):
+    def exhausted(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("bitswitch.pipeline.FloatObjective", exhausted)
+    one_line(call(capsys, "run", "digits", "--out", tmp_path), "out of memory", "pretrain.micro_batches", "batch_size")
 
 
 def test_a_users_own_network(capsys, tmp_path, monkeypatch):

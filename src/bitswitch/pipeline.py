@@ -137,10 +137,28 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
         _check_same(run, data, stage, records)
         if stage not in stages and not _is_done(run, records.get(stage)):
             raise UserError(f"stage {stage} is not done in {run.directory.path}: bitswitch {stage} {run.name} does it")
-    if "train" in stages and not _is_done(run, records.get("pretrain")):
-        _quantized(run, data, build_network(run.recipe, data), images=2)
+    if not _is_done(run, records.get("pretrain")):
+        _check_network(run, data, quantizable="train" in stages)
     run.directory.write_records(records)
     files.write(run.directory.path / "config.yaml", to_yaml(run.recipe).encode())
+
+
+def _check_network(run: Run, data: DataSet, *, quantizable: bool) -> None:
+    """Refuse a network that does not fit the data, or cannot be quantized, before hours are spent on it."""
+    network, images = build_network(run.recipe, data).eval(), data.sample(2)
+    try:
+        with torch.no_grad():
+            logits = network(images)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{run.recipe.model.name} cannot take images of {list(images.shape[1:])}: {reason}") from error
+    if logits.dim() != 2 or logits.shape[1] != len(data.classes):
+        raise UserError(
+            f"{run.recipe.model.name} gives {list(logits.shape[1:])} outputs for an image, {data.name} has "
+            f"{len(data.classes)} classes: set the number of classes in model.args"
+        )
+    if quantizable:
+        _quantized(run, data, network, images=2)
 
 
 def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -191,7 +209,13 @@ def _do(run: Run, data: DataSet, stage: str) -> None:
     if not from_first(begun is not None, run.world):
         return
     torch.manual_seed(run.recipe.seed)
-    result, outputs = {"pretrain": _pretrain, "train": _train}[stage](run, data)
+    try:
+        result, outputs = {"pretrain": _pretrain, "train": _train}[stage](run, data)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{run.device} is out of memory in stage {stage}: raise {stage}.micro_batches (now "
+            f"{getattr(run.recipe, stage).micro_batches}), lower {stage}.batch_size, or set {stage}.precision=bfloat16"
+        ) from error
     if begun is not None:
         digests = {str(path.relative_to(run.directory.path)): files.file_digest(path) for path in outputs}
         run.directory.record(stage, begun | {"done": True, "outputs": digests, "result": result})
