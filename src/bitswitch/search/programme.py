@@ -1,0 +1,225 @@
+"""The integer programme: one width for each layer, least damage within budgets (arXiv 2502.01199, section 3; HAWQ-V2).
+
+Tables in, choices out: nothing here knows of a network. A table is {layer: {width: number}}.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from bitswitch.assignment import Assignment
+from bitswitch.errors import UserError, nearest
+
+Table = Mapping[str, Mapping[int, float]]
+
+# The solver stops within an absolute gap of 1e-6: damages are scaled so far up that no difference that matters is smaller.
+_GREATEST_DAMAGE = 1e6
+# A budget may be exactly what the best choice costs; in floating point it would miss it by a hair. `solve` checks exactly.
+_SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A solution.
+
+    Attributes:
+        assignment: a width for each layer.
+        cost: the sum of each cost table at that assignment.
+        damage: the sum of the damage table at that assignment.
+    """
+
+    assignment: Assignment
+    cost: Mapping[str, float]
+    damage: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is to be solved.
+
+    Attributes:
+        damage: how much each layer suffers at each width; finite.
+        costs: {cost: table}, each additive over layers.
+        tied: groups of layers that must have one width.
+    """
+
+    damage: Table
+    costs: Mapping[str, Table]
+    tied: Sequence[Sequence[str]] = ()
+
+    def __post_init__(self) -> None:
+        for name, table in {"damage": self.damage, **self.costs}.items():
+            _check_table(name, table, self.damage)
+        for layer in (layer for group in self.tied for layer in group):
+            if layer not in self.damage:
+                raise UserError(f"tied layers: no layer is named {layer!r}{nearest(layer, self.damage)}")
+
+    def choice(self, widths: Mapping[str, int]) -> Choice:
+        """The choice of these widths, with its costs and its damage."""
+        return Choice(
+            assignment=Assignment(tuple((layer, widths[layer]) for layer in self.damage)),
+            cost={
+                name: sum(table[layer][widths[layer]] for layer in self.damage) for name, table in self.costs.items()
+            },
+            damage=sum(self.damage[layer][widths[layer]] for layer in self.damage),
+        )
+
+    def solve(self, budgets: Mapping[str, float], *, forbidden: Sequence[tuple[str, int]] = ()) -> Choice:
+        """The choice of least damage whose every cost is within its budget; among equals the solver's.
+
+        Args:
+            budgets: {cost: the most that its sum may be}.
+            forbidden: (layer, width) pairs that may not be chosen.
+
+        Raises:
+            UserError: a budget names no cost, or no choice meets the budgets: the least and the greatest that can be met.
+        """
+        for name in budgets:
+            if name not in self.costs:
+                raise UserError(
+                    f"no cost is named {name!r}{nearest(name, self.costs)}; there are {', '.join(self.costs)}"
+                )
+        groups = self._groups()
+        options = [
+            (group, width)
+            for group in groups
+            for width in sorted(set.intersection(*(set(self.damage[layer]) for layer in group)))
+            if not any((layer, width) in forbidden for layer in group)
+        ]
+        excluded: list[list[int]] = []
+        while True:
+            picked = self._pick(groups, options, budgets, excluded)
+            if picked is None:
+                raise self._infeasible(budgets)
+            choice = self.choice({layer: width for group, width in (options[i] for i in picked) for layer in group})
+            # What misses a budget by less than the slack is cut off.
+            if all(choice.cost[name] <= budget for name, budget in budgets.items()):
+                return choice
+            excluded.append(picked)
+
+    def _groups(self) -> list[tuple[str, ...]]:
+        """Layers that share a width, groups that overlap joined, in the order of the layers."""
+        owner = {layer: {layer} for layer in self.damage}
+        for group in self.tied:
+            joined = set().union(*(owner[layer] for layer in group))
+            for layer in joined:
+                owner[layer] = joined
+        seen: set[str] = set()
+        groups = []
+        for layer in self.damage:
+            if layer not in seen:
+                groups.append(tuple(name for name in self.damage if name in owner[layer]))
+                seen |= owner[layer]
+        return groups
+
+    def _pick(
+        self,
+        groups: Sequence[tuple[str, ...]],
+        options: Sequence[tuple[tuple[str, ...], int]],
+        budgets: Mapping[str, float],
+        excluded: Sequence[Sequence[int]],
+    ) -> list[int] | None:
+        """The indices of the options of an optimum, one for each group; None where there is none."""
+        rows = [[float(group == owner) for owner, _ in options] for group in groups]
+        lower, upper = [1.0] * len(groups), [1.0] * len(groups)
+        for name, budget in budgets.items():
+            table = self.costs[name]
+            row = np.array([sum(table[layer][width] for layer in group) for group, width in options])
+            unit = max(float(np.abs(row).max(initial=0.0)), abs(budget)) or 1.0
+            rows.append((row / unit).tolist())
+            lower.append(-np.inf)
+            upper.append(budget / unit + _SLACK)
+        for picked in excluded:
+            rows.append([float(i in picked) for i in range(len(options))])
+            lower.append(-np.inf)
+            upper.append(len(picked) - 1.0)
+        damage = np.array([sum(self.damage[layer][width] for layer in group) for group, width in options])
+        unit = float(np.abs(damage).max(initial=0.0)) or 1.0
+        found = milp(
+            damage / unit * _GREATEST_DAMAGE,
+            constraints=LinearConstraint(np.array(rows), lower, upper),
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
+        return None if found.x is None else [int(i) for i in np.flatnonzero(found.x > 0.5)]
+
+    def _infeasible(self, budgets: Mapping[str, float]) -> UserError:
+        parts = []
+        for name, budget in budgets.items():
+            table = self.costs[name]
+            sums = [
+                [
+                    sum(table[layer][width] for layer in group)
+                    for width in set.intersection(*(set(table[one]) for one in group))
+                ]
+                for group in self._groups()
+            ]
+            least, greatest = sum(map(min, sums)), sum(map(max, sums))
+            parts.append(f"{name} <= {budget:g} (it can be from {least:g} to {greatest:g})")
+        return UserError(f"no assignment meets {' and '.join(parts)}" + (" together" if len(parts) > 1 else ""))
+
+
+def frontier(problem: Problem, budgets: Sequence[Mapping[str, float]]) -> list[Choice]:
+    """The best choice for each budget, each once, without those that another beats in damage and every cost.
+
+    Raises:
+        UserError: a budget cannot be met.
+    """
+    found: dict[Assignment, Choice] = {}
+    for budget in budgets:
+        choice = problem.solve(budget)
+        found[choice.assignment] = choice
+    return pareto(list(found.values()))
+
+
+def pareto(choices: Sequence[Choice]) -> list[Choice]:
+    """The choices that no other one equals or beats in damage and every cost and truly beats in one, least damage first."""
+
+    def numbers(choice: Choice) -> list[float]:
+        return [choice.damage, *choice.cost.values()]
+
+    def beaten(choice: Choice, by: Choice) -> bool:
+        pairs = list(zip(numbers(choice), numbers(by), strict=True))
+        return all(theirs <= own for own, theirs in pairs) and any(theirs < own for own, theirs in pairs)
+
+    kept = [choice for choice in choices if not any(beaten(choice, other) for other in choices)]
+    return sorted(kept, key=numbers)
+
+
+def alternatives(problem: Problem, budgets: Mapping[str, float]) -> list[Choice]:
+    """The optimum, then other choices within the same budgets (the paper's algorithm 2).
+
+    For each layer in turn the width that it got is forbidden and the rest solved again; what is new is kept.
+
+    Raises:
+        UserError: no choice meets the budgets.
+    """
+    best = problem.solve(budgets)
+    found = {best.assignment: best}
+    for layer, width in best.assignment.items():
+        try:
+            other = problem.solve(budgets, forbidden=[(layer, width)])
+        except UserError:
+            # Without that width of that layer the budgets cannot be met.
+            continue
+        found.setdefault(other.assignment, other)
+    return [best, *sorted((c for c in found.values() if c is not best), key=lambda choice: choice.damage)]
+
+
+def _check_table(name: str, table: Table, layers: Table) -> None:
+    if not table:
+        raise UserError(f"table {name!r} holds no layers")
+    for layer, widths in layers.items():
+        if layer not in table:
+            raise UserError(f"table {name!r} lacks layer {layer!r}")
+        for width in widths:
+            if width not in table[layer]:
+                raise UserError(f"table {name!r} lacks {width} bits of layer {layer!r}")
+            if not np.isfinite(table[layer][width]):
+                raise UserError(f"table {name!r} holds {table[layer][width]} for layer {layer!r} at {width} bits")
+    for layer in table:
+        if layer not in layers:
+            raise UserError(f"table {name!r} has a layer {layer!r} of another network{nearest(layer, layers)}")

@@ -1,0 +1,133 @@
+import itertools
+import math
+import random
+
+import pytest
+
+from bitswitch.errors import UserError
+from bitswitch.search.programme import Problem, alternatives, frontier, pareto
+
+
+def instance(seed):
+    """A random problem of up to 8 layers x 4 widths, with ties of damage and of cost, and budgets of every kind."""
+    draw = random.Random(seed)
+    layers = [f"layer{i}" for i in range(draw.randint(1, 8))]
+    widths = sorted(draw.sample([2, 3, 4, 6, 8], draw.randint(1, 4)), reverse=True)
+    scale = 10.0 ** draw.randint(-9, 6)
+    rough = draw.random() < 0.4  # few values: many ties
+    damage = {n: {w: scale * (draw.randint(0, 3) if rough else draw.random() / w) for w in widths} for n in layers}
+    weights = {n: draw.randint(1, 3) * draw.choice([1, 9216, 2359296]) for n in layers}
+    costs = {
+        "average_bits": {n: {w: w / len(layers) for w in widths} for n in layers},
+        "bytes": {n: {w: weights[n] * w // 8 for w in widths} for n in layers},
+        "bitops": {n: {w: weights[n] * w * w * 49 for w in widths} for n in layers},
+        "latency": {n: {w: draw.random() * 1e-3 for w in widths} for n in layers},
+    }
+    tied = [draw.sample(layers, 2)] if len(layers) > 2 and draw.random() < 0.3 else []
+    problem = Problem(damage=damage, costs=costs, tied=tied)
+    budgets = {}
+    for name in draw.sample(list(costs), draw.choice([1, 1, 1, 2])):
+        low, high = (sum(pick(costs[name][n].values()) for n in layers) for pick in (min, max))
+        # Some budgets are exactly what an assignment costs.
+        exact = sum(costs[name][n][draw.choice(widths)] for n in layers)
+        budgets[name] = exact if draw.random() < 0.5 else low + draw.random() * (high - low)
+    return problem, budgets
+
+
+def brute_force(problem, budgets):
+    """The least damage over all assignments within the budgets, or None."""
+    best = None
+    for widths in itertools.product(*(problem.damage[n] for n in problem.damage)):
+        chosen = dict(zip(problem.damage, widths, strict=True))
+        if any(len({chosen[n] for n in group}) > 1 for group in problem.tied):
+            continue
+        if any(sum(problem.costs[c][n][w] for n, w in chosen.items()) > budgets[c] for c in budgets):
+            continue
+        damage = sum(problem.damage[n][w] for n, w in chosen.items())
+        best = damage if best is None else min(best, damage)
+    return best
+
+
+@pytest.mark.parametrize("start", range(0, 1000, 50))
+def test_the_objective_is_brute_forces(start):
+    for seed in range(start, start + 50):
+        problem, budgets = instance(seed)
+        expected = brute_force(problem, budgets)
+        if expected is None:
+            with pytest.raises(UserError, match="no assignment meets"):
+                problem.solve(budgets)
+            continue
+        choice = problem.solve(budgets)
+        assert math.isclose(choice.damage, expected, rel_tol=1e-12, abs_tol=1e-300), seed
+        assert all(choice.cost[name] <= budget for name, budget in budgets.items())
+        assert all(len({choice.assignment[n] for n in group}) == 1 for group in problem.tied)
+
+
+def simple(**damage):
+    damage = {name: dict(zip((8, 4, 2), values, strict=True)) for name, values in damage.items()}
+    return Problem(damage=damage, costs={"average_bits": {n: {w: w / len(damage) for w in (8, 4, 2)} for n in damage}})
+
+
+def test_the_sensitive_layer_gets_the_higher_width():
+    problem = simple(a=(0, 1, 4), b=(0, 100, 400), c=(0, 1, 4))
+    assert dict(problem.solve({"average_bits": 4}).assignment) == {"a": 2, "b": 8, "c": 2}
+
+
+def test_an_infeasible_budget_names_what_can_be_met():
+    with pytest.raises(UserError, match=r"average_bits <= 1 \(it can be from 2 to 8\)"):
+        simple(a=(0, 1, 2), b=(0, 1, 2)).solve({"average_bits": 1})
+
+
+def test_frontier_is_pareto_and_each_choice_once():
+    problem = simple(a=(0, 1, 4), b=(0, 10, 40), c=(0, 2, 9))
+    choices = frontier(problem, [{"average_bits": b / 4} for b in range(8, 33)])
+    damages = [choice.damage for choice in choices]
+    costs = [choice.cost["average_bits"] for choice in choices]
+    assert damages == sorted(damages) and costs == sorted(costs, reverse=True)
+    assert len({choice.assignment for choice in choices}) == len(choices) > 5
+    assert pareto(choices) == choices
+
+
+def test_a_beaten_choice_is_left_out():
+    problem = simple(a=(3, 1, 4))
+    assert [c.assignment["a"] for c in frontier(problem, [{"average_bits": b} for b in (2, 4, 8)])] == [4, 2]
+    beaten = problem.choice({"a": 8})
+    assert beaten not in pareto([beaten, problem.choice({"a": 4})])
+
+
+def test_alternatives_are_other_choices_within_the_budget():
+    problem = simple(a=(0, 1, 4), b=(0, 10, 40), c=(0, 2, 9))
+    best, *others = alternatives(problem, {"average_bits": 5})
+    assert best == problem.solve({"average_bits": 5})
+    assert others and len({c.assignment for c in (best, *others)}) == len(others) + 1
+    assert all(c.damage >= best.damage and c.cost["average_bits"] <= 5 for c in others)
+
+
+def test_overlapping_ties_join():
+    damage = {n: {4: 0.0, 2: 1.0} for n in "abcd"}
+    costs = {"bits": {n: {4: 4, 2: 2} for n in "abcd"}}
+    choice = Problem(damage=damage, costs=costs, tied=[["a", "b"], ["b", "c"]]).solve({"bits": 15})
+    assert (
+        choice.assignment["a"] == choice.assignment["b"] == choice.assignment["c"] == 4 and choice.assignment["d"] == 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"damage": {"a": {8: math.nan, 4: 1.0}}}, "holds nan for layer 'a' at 8 bits"),
+        ({"damage": {}}, "holds no layers"),
+        ({"costs": {"latency": {"a": {8: 1.0}}}}, "'latency' lacks 4 bits of layer 'a'"),
+        ({"costs": {"latency": {}}}, "'latency' holds no layers"),
+        ({"costs": {"latency": {"a": {8: 1.0, 4: 1.0}, "b": {}}}}, "layer 'b' of another network"),
+        ({"tied": [["a", "z"]]}, "no layer is named 'z'"),
+    ],
+)
+def test_bad_tables(change, words):
+    with pytest.raises(UserError, match=words):
+        Problem(**{"damage": {"a": {8: 0.0, 4: 1.0}}, "costs": {"bits": {"a": {8: 8, 4: 4}}}} | change)
+
+
+def test_an_unknown_budget():
+    with pytest.raises(UserError, match="did you mean 'average_bits'"):
+        simple(a=(0, 1, 2)).solve({"average_bit": 4})
