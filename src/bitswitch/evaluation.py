@@ -85,7 +85,7 @@ def evaluate_file(
             recalibrate(model, _images(data, recalibration_images, device), precision)
     batches = data.evaluation_batches(split, batch_size=_BATCH, device=device, rank=world.rank, world=world.size)
     matrices: list[Tensor] | None = [] if confusion else None
-    scores = evaluate(model, batches, wanted, world=world, confusion=matrices)
+    scores = evaluate(model, batches, wanted, world=world, classes=len(data.classes), confusion=matrices)
     results = []
     for i, (width, score) in enumerate(zip(wanted, scores, strict=True)):
         row = {"bits": width, "assignment": None, **dataclasses.asdict(score), "split": split, "data": name}

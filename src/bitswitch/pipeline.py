@@ -163,7 +163,9 @@ def _check_network(run: Run, data: DataSet, *, quantizable: bool) -> None:
 
 def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
     """The part of the configuration that a stage's result depends on."""
-    whole = recipe.model_dump(mode="json", exclude={"data": set(_NOT_OF_THE_RESULT)})
+    # A starting checkpoint counts by its content, among the inputs.
+    elsewhere = {"data": set(_NOT_OF_THE_RESULT), "pretrain": {"checkpoint"}, "train": {"record_scale_gradients"}}
+    whole = recipe.model_dump(mode="json", exclude=elsewhere)
     keys = {"pretrain": ("seed", "model", "data", "pretrain"), "train": ("seed", "bits", "model", "data", "train")}
     return {key: whole[key] for key in keys[stage]}
 
@@ -330,7 +332,7 @@ def _join_ranks(run: Run, model: nn.Module, part: EnginePart) -> None:
 
 def _float_network(run: Run, data: DataSet) -> nn.Module:
     """The network as the pretrain stage left it."""
-    network = build_network(run.recipe, data)
+    network = build(**_about(run, data)["network"])
     network.load_state_dict(load_checkpoint(run.directory.checkpoint("pretrain"))["model"])
     return network
 
@@ -512,7 +514,10 @@ def _save_artifact(run: Run, data: DataSet, model: nn.Module, scores: Mapping[st
             **machine(run.device),
         },
     )
-    again = load(run.directory.artifact, model=run.recipe.model.name).to(run.device)
+    # In the same memory format, which chooses the kernels: law 1 holds within one.
+    again = _engine(run, run.recipe.train).place(
+        load(run.directory.artifact, model=run.recipe.model.name).to(run.device)
+    )
     images, _ = next(data.evaluation_batches("test", batch_size=64, device=run.device))
     model.eval()
     for width in run.recipe.bits:

@@ -89,15 +89,14 @@ class RunDirectory:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows; a last line that a killed process left unfinished is passed over."""
-        rows = []
-        if self._metrics.exists():
-            for line in self._metrics.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(line))
-        return rows
+        return _rows(self._metrics) if self._metrics.exists() else []
 
     def rewind_metrics(self, stage: str, epochs_done: int) -> None:
-        """Drop the rows of `stage` that a resumed run will write again."""
+        """Drop the rows of `stage`, and of its scale gradients, that a resumed run will write again."""
+        gradients = self.path / "scale_gradients.jsonl"
+        if stage == "train" and gradients.exists():
+            kept = [row for row in _rows(gradients) if row["epoch"] < epochs_done]
+            files.write(gradients, "".join(json.dumps(row) + "\n" for row in kept).encode())
         rows = [
             r for r in self.metrics() if r["stage"] != stage or (r["epoch"] is not None and r["epoch"] < epochs_done)
         ]
@@ -135,6 +134,15 @@ class RunDirectory:
                 stream.write("".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; what was there before is as it was") from error
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file, without what a killed process left unfinished."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -173,3 +173,55 @@ def test_a_diverged_model_is_refused(tmp_path, quantized, where):
         quantized.get_parameter(where).view(-1)[0] = torch.nan
     with pytest.raises(UserError, match="not finite"):
         bs.save(quantized, tmp_path / "a")
+
+
+class Shared(nn.Module):
+    """A quantized layer, a float layer and a batch normalization used twice each, and a mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.middle, self.norm, self.kept = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6)
+        self.again = nn.Sequential(self.middle, self.norm, self.kept)
+        self.register_buffer("mask", torch.full((2, 2), float("-inf")).triu(1))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, x):
+        x = self.kept(self.norm(self.middle(self.first(x))).relu())
+        return self.last(self.again(x).relu())
+
+
+def test_shared_modules_and_masks_are_stored_once(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 6)
+    network = Shared()
+    network(x)
+    model = bs.quantize(network, example_inputs=x, keep=["kept"]).eval()
+    bs.save(model, tmp_path / "a")
+    tensors = load_file(tmp_path / "a")
+    assert not [name for name in tensors if name.startswith("again") or "scratch" in name]
+    assert "middle.weight" not in tensors and "kept.weight" in tensors
+    loaded = bs.load(tmp_path / "a", model=Shared())
+    for width in (8, 2):
+        bs.switch(model, width)
+        bs.switch(loaded, width)
+        assert torch.equal(model(x), loaded(x))
+    assert torch.equal(loaded.mask, network.mask)
+
+
+def test_a_root_that_is_a_layer(tmp_path):
+    x = torch.randn(16, 6)
+    model = bs.quantize(nn.Linear(6, 4), example_inputs=x, keep_first_last=False)
+    bs.save(model, tmp_path / "a")
+    assert set(load_file(tmp_path / "a")) == {"codes", "weight_scale", "input_scale", "bias"}
+    assert torch.equal(bs.load(tmp_path / "a", model=nn.Linear(6, 4))(x), model(x))
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_a_batch_normalization_of_another_number_of_widths(tmp_path, quantized, network, count):
+    bs.save(quantized, tmp_path / "a")
+    header, tensors = artifact.read(tmp_path / "a")
+    tensors["bn2.bias"] = np.resize(tensors["bn2.bias"], (count, 8))
+    artifact.write(tmp_path / "a", header, tensors)
+    with pytest.raises(UserError, match=r"'bn2\.bias' holds"):
+        bs.load(tmp_path / "a", model=network)

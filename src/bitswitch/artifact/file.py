@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from bitswitch import files
-from bitswitch.artifact.header import KEY, Header
+from bitswitch.artifact.header import KEY, Header, tensor_name
 from bitswitch.codes import signed_range
 from bitswitch.errors import UserError
 
@@ -113,16 +113,18 @@ def _check(header: Header, tensors: Mapping[str, np.ndarray]) -> None:
     count = len(header.widths)
     for layer in header.layers:
         scales = (layer.shape[0], *[1] * (len(layer.shape) - 1)) if header.per_channel else ()
-        stored = need(f"{layer.name}.codes", np.int8, layer.shape)
+        stored = need(tensor_name(layer.name, "codes"), np.int8, layer.shape)
         low, high = signed_range(layer.bits)
         if stored.min() < low or stored.max() > high:
             raise UserError(f"codes of {layer.name!r} exceed {layer.bits} bits")
-        for name, shape in ((f"{layer.name}.weight_scale", scales), (f"{layer.name}.input_scale", (count,))):
-            scale = need(name, np.float32, shape)
+        for name, shape in (("weight_scale", scales), ("input_scale", (count,))):
+            scale = need(tensor_name(layer.name, name), np.float32, shape)
             if not (np.isfinite(scale).all() and (scale > 0).all()):
-                raise UserError(f"tensor {name!r} holds a scale that is not positive and finite")
+                raise UserError(
+                    f"tensor {tensor_name(layer.name, name)!r} holds a scale that is not positive and finite"
+                )
         if (
             layer.input == "zero_point"
-            and not np.isfinite(need(f"{layer.name}.input_offset", np.float32, (count,))).all()
+            and not np.isfinite(need(tensor_name(layer.name, "input_offset"), np.float32, (count,))).all()
         ):
             raise UserError(f"tensor '{layer.name}.input_offset' is not finite")

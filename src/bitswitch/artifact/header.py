@@ -13,6 +13,11 @@ VERSION = 1
 KEY = "bitswitch"
 
 
+def tensor_name(module: str, key: str) -> str:
+    """The name of a module's tensor; the root module's have no prefix."""
+    return f"{module}.{key}" if module else key
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerEntry:
     """A quantized layer.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitswitch import artifact
+from bitswitch.artifact import tensor_name
 from bitswitch.errors import UserError
 from bitswitch.models import build, is_trusted
 from bitswitch.nn import Plan, QuantizedLayer, SwitchableBatchNorm, apply, plan_of, switch
@@ -140,19 +141,37 @@ def _entry(name: str, layer: QuantizedLayer, plan: Plan) -> artifact.LayerEntry:
 
 @torch.no_grad()
 def _tensors(model: nn.Module) -> dict[str, np.ndarray]:
-    found: dict[str, Tensor] = {}
-    inside: list[str] = []
+    found: dict[str, np.ndarray] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
-            inside += [f"{name}.weight", f"{name}.codes", f"{name}.weight_quantizer.", f"{name}.input_quantizer."]
-            found |= {f"{name}.{key}": tensor for key, tensor in _layer_tensors(module).items()}
+            for key, tensor in _layer_tensors(module).items():
+                found[tensor_name(name, key)] = _storable(tensor_name(name, key), tensor, learned=True)
         elif isinstance(module, SwitchableBatchNorm):
-            inside.append(f"{name}.by_width.")
             states = [norm.state_dict() for norm in module.by_width.values()]
-            found |= {f"{name}.{key}": torch.stack([state[key] for state in states]) for key in states[0]}
-    skip = tuple(inside)
-    found |= {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(skip)}
-    return {name: _storable(name, tensor) for name, tensor in found.items()}
+            for key in states[0]:
+                stacked = torch.stack([state[key] for state in states])
+                found[tensor_name(name, key)] = _storable(tensor_name(name, key), stacked, learned=True)
+    for name, tensor in _others(model).items():
+        found[name] = _storable(name, tensor.detach(), learned=isinstance(tensor, nn.Parameter))
+    return found
+
+
+def _others(model: nn.Module) -> dict[str, Tensor]:
+    """What belongs to no quantized layer and no switchable batch normalization, each tensor under its first name."""
+    inside: set[str] = set()
+    prefixes: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLayer):
+            inside |= {tensor_name(name, "weight"), tensor_name(name, "codes")}
+            prefixes += [tensor_name(name, "weight_quantizer."), tensor_name(name, "input_quantizer.")]
+        elif isinstance(module, SwitchableBatchNorm):
+            prefixes.append(tensor_name(name, "by_width."))
+    first: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in inside and not name.startswith(tuple(prefixes)):
+            first.setdefault(id(tensor), name)
+    whole = model.state_dict(keep_vars=True)
+    return {name: whole[name] for name in first.values()}
 
 
 def _layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
@@ -168,14 +187,14 @@ def _layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
     return tensors
 
 
-def _storable(name: str, tensor: Tensor) -> np.ndarray:
-    """A NumPy array of int8 (codes), int32 or float32."""
-    if name.endswith(".codes"):
+def _storable(name: str, tensor: Tensor, *, learned: bool) -> np.ndarray:
+    """A NumPy array of int8 (codes), int32 or float32; what was learned must be finite, a constant such as a mask need not."""
+    if tensor.dtype == torch.int8:
         return tensor.cpu().numpy()
     if tensor.is_floating_point():
         if tensor.dtype == torch.float64:
             raise UserError(f"{name!r} is float64 and the artifact holds float32: train or convert with model.float()")
-        if not bool(tensor.isfinite().all()):
+        if learned and not bool(tensor.isfinite().all()):
             raise UserError(f"{name!r} holds values that are not finite: the training diverged")
         return tensor.float().cpu().numpy()
     if tensor.is_complex() or (tensor.numel() and (int(tensor.min()) < -(2**31) or int(tensor.max()) >= 2**31)):
@@ -190,28 +209,40 @@ def _fill(model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.nd
     state: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
-            if module.weight is None or module.weight.shape != rest[f"{name}.codes"].shape:
+            if module.weight is None or module.weight.shape != rest[tensor_name(name, "codes")].shape:
                 raise UserError(f"the weight of {name!r} has another shape")
-            module.store(rest[f"{name}.codes"], errors[name])
+            module.store(rest[tensor_name(name, "codes")], errors[name])
             state |= _layer_state(name, module, rest)
         elif isinstance(module, SwitchableBatchNorm):
-            for i, (width, norm) in enumerate(module.by_width.items()):
-                for key in norm.state_dict():
-                    state[f"{name}.by_width.{width}.{key}"] = rest[f"{name}.{key}"][i]
-            for key in norm.state_dict():
-                del rest[f"{name}.{key}"]
-    model.load_state_dict(state | rest)
+            state |= _norm_state(name, module, rest)
+    places = _others(model)
+    if places.keys() != rest.keys():
+        missing, extra = sorted(places.keys() - rest.keys()), sorted(rest.keys() - places.keys())
+        raise UserError(f"the file lacks {missing[0]!r}" if missing else f"the network has no {extra[0]!r}")
+    # Shared modules have several names, of which the file holds the first.
+    model.load_state_dict(state | rest, strict=False)
+
+
+def _norm_state(name: str, norm: SwitchableBatchNorm, rest: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {}
+    for key in next(iter(norm.by_width.values())).state_dict():
+        stacked = rest.pop(tensor_name(name, key))
+        if len(stacked) != len(norm.by_width):
+            raise UserError(f"{tensor_name(name, key)!r} holds {len(stacked)} widths, not {len(norm.by_width)}")
+        for width, tensor in zip(norm.by_width, stacked, strict=True):
+            state[tensor_name(name, f"by_width.{width}.{key}")] = tensor
+    return state
 
 
 def _layer_state(name: str, layer: QuantizedLayer, rest: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {
-        f"{name}.codes": rest.pop(f"{name}.codes"),
-        f"{name}.weight_quantizer.scale_parameter": rest.pop(f"{name}.weight_scale"),
+        tensor_name(name, "codes"): rest.pop(tensor_name(name, "codes")),
+        tensor_name(name, "weight_quantizer.scale_parameter"): rest.pop(tensor_name(name, "weight_scale")),
     }
-    scales = rest.pop(f"{name}.input_scale")
-    offsets = rest.pop(f"{name}.input_offset") if layer.input_quantizer.kind == "zero_point" else None
+    scales = rest.pop(tensor_name(name, "input_scale"))
+    offsets = rest.pop(tensor_name(name, "input_offset")) if layer.input_quantizer.kind == "zero_point" else None
     for i, width in enumerate(layer.widths):
-        state[f"{name}.input_quantizer.scale_parameter.{width}"] = scales[i]
+        state[tensor_name(name, f"input_quantizer.scale_parameter.{width}")] = scales[i]
         if offsets is not None:
-            state[f"{name}.input_quantizer.offset.{width}"] = offsets[i]
+            state[tensor_name(name, f"input_quantizer.offset.{width}")] = offsets[i]
     return state

@@ -41,6 +41,11 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
             return torchvision.models.get_model(name, **args)
     except TypeError as error:
         raise UserError(f"network {name!r} does not take the arguments {args}: {error}") from error
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"network {name!r} cannot be built with the arguments {args}: {reason}") from error
     hint = nearest(name, _OWN + torchvision.models.list_models())
     raise UserError(f"no network is named {name!r}{hint}; your own is named package.module:function")
 

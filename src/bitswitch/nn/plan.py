@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from bitswitch.errors import UserError
@@ -124,9 +125,9 @@ def _quantized(name: str, module: nn.Module, kind: InputKind, plan: Plan) -> Qua
     options: dict[str, Any] = {"form": plan.scale_form, "lsq_factor": plan.lsq_factor}
     weights = weight_quantizer(plan.method, plan.widths, shape, **options)
     inputs = ActivationQuantizer(plan.widths, kind, **options)
-    return QUANTIZED[type(module)].from_float(
-        module, weights.to(weight.device, weight.dtype), inputs.to(weight.device, weight.dtype)
-    )
+    # A scale learned in half precision would not move by a small step.
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return QUANTIZED[type(module)].from_float(module, weights.to(weight.device, wide), inputs.to(weight.device, wide))
 
 
 def freeze(model: nn.Module) -> nn.Module:

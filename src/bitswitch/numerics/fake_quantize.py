@@ -64,14 +64,16 @@ class _NarrowedWeight(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.high, ctx.low, ctx.narrowing, ctx.lsq_factor = high, low, narrowing, lsq_factor
-        codes = narrowed_codes(weight, scale, high=high, low=low, narrowing=narrowing)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        codes = narrowed_codes(wide, scale, high=high, low=low, narrowing=narrowing)
         # An integer cannot carry a NaN on to the loss; adding 0 * W does, and changes no finite result.
-        return (codes * (scale * 2 ** (high - low))).add_(weight * 0)
+        return (codes * (scale * 2 ** (high - low))).add_(wide * 0).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (gradient,) = gradients
-        weight, scale = ctx.saved_tensors
+        stored, scale = ctx.saved_tensors
+        weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
         ratio = 2 ** (ctx.high - ctx.low)
         least, greatest = code_range(ctx.low, ctx.narrowing)
         v = weight / (scale * ratio)

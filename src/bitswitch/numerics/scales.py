@@ -1,5 +1,6 @@
 """Where scales start, and what keeps them positive."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +38,12 @@ def bounded(value: Tensor, least: float, greatest: float) -> Tensor:
 def sample(x: Tensor, rows: int = 1) -> Tensor:
     """At most 65,536 elements of every row of `x.reshape(rows, -1)`, evenly spaced: [rows, n], float32 or wider."""
     x = x.detach().reshape(rows, -1)
-    stride = -(-x.shape[1] // max(_SAMPLE // rows, 256))
-    return x[:, :: max(stride, 1)].to(torch.promote_types(x.dtype, torch.float32))
+    stride = max(-(-x.shape[1] // max(_SAMPLE // rows, 256)), 1)
+    # A stride with a factor of the size would keep meeting the same column, feature or tap of a kernel.
+    while x.shape[1] and math.gcd(stride, x.shape[1]) > 1:
+        stride += 1
+    # A copy, not a view: what is sampled may be changed in place later, and would be kept alive whole.
+    return x[:, ::stride].to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
 def _grid(greatest: Tensor, octaves_down: int, octaves_up: int) -> Tensor:

@@ -38,5 +38,6 @@ def adapted_rate(rate: float, eta: float, gradients: Sequence[Tensor], form: Alr
     if form == "off" or not gradients:
         return rate
     peaks = torch.stack([g if g.dim() == 0 else g.abs().amax() for g in gradients]).abs()
-    mean = peaks.clamp(max=1.0).mean()
+    # Adam's fused kernels read a learning rate as float32.
+    mean = peaks.clamp(max=1.0).mean().float()
     return eta * rate * (1 - mean) if form == "relative" else (eta * (rate - mean)).clamp(min=0.0)

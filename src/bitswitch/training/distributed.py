@@ -8,6 +8,7 @@ are at the same widths, so the parameters that have a gradient are the same on a
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def join(device_type: str) -> World:
         return World()
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
     try:
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+        # Rank 0 may read a million files while the others wait; torchrun ends them if it dies.
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(days=1))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -74,6 +76,14 @@ def broadcast_model(model: nn.Module, world: World) -> None:
     """Every rank takes rank 0's parameters and buffers."""
     if world.size > 1:
         for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor, 0)
+
+
+@torch.no_grad()
+def broadcast_buffers(model: nn.Module, world: World) -> None:
+    """Every rank takes rank 0's buffers."""
+    if world.size > 1:
+        for tensor in model.buffers():
             dist.broadcast(tensor, 0)
 
 
@@ -113,13 +123,13 @@ def from_first(value: Any, world: World) -> Any:
     return held[0]
 
 
-def gather_rows(rows: list[list[float]], world: World) -> list[list[float]]:
-    """All ranks' rows on every rank, in the order of ranks."""
+def gather(values: list[Any], world: World) -> list[Any]:
+    """All ranks' plain values on every rank, in the order of ranks."""
     if world.size == 1:
-        return rows
+        return values
     found: list[Any] = [None] * world.size
-    dist.all_gather_object(found, rows)
-    return [row for part in found for row in part]
+    dist.all_gather_object(found, values)
+    return [value for part in found for value in part]
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bitswitch.errors import UserError
 from bitswitch.nn import ActivationQuantizer
 from bitswitch.training.distributed import World, average_gradients
 
@@ -49,7 +50,15 @@ class Engine:
         return forward
 
     def parts(self, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The micro-batches of a batch."""
+        """The micro-batches of a batch.
+
+        Raises:
+            UserError: the batch cannot be divided evenly.
+        """
+        if len(x) % self.micro_batches:
+            raise UserError(
+                f"a rank's batch of {len(x)} images cannot be divided into micro_batches={self.micro_batches} equal parts"
+            )
         return zip(x.chunk(self.micro_batches), y.chunk(self.micro_batches), strict=True)
 
     def finish_gradients(self, model: nn.Module) -> None:

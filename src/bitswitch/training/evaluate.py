@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bitswitch.errors import UserError
 from bitswitch.nn import evaluating, switched
-from bitswitch.training.distributed import World, gather_rows
+from bitswitch.training.distributed import World, gather
 
 PrecisionChoice = int | Mapping[str, int] | None
 
@@ -42,6 +42,7 @@ def evaluate(
     *,
     forward: Callable[[Tensor], Tensor] | None = None,
     world: World | None = None,
+    classes: int | None = None,
     confusion: list[Tensor] | None = None,
 ) -> list[Score]:
     """Score `model` at every precision, each batch visited once.
@@ -52,13 +53,14 @@ def evaluate(
         precisions: widths or assignments; None runs the model as it is (a float network).
         forward: how to call the model; itself where None.
         world: the ranks that share the batches; sums are in the order of batches, the same for any number of ranks.
+        classes: how many the data have, where a network of another number is to be refused.
         confusion: where a list is given, a matrix [class, predicted class] of counts is appended for each precision, int64.
 
     Returns:
         One score for each precision, the same on all ranks.
 
     Raises:
-        UserError: there are no images, or the labels do not fit the network's classes.
+        UserError: there are no images, or the data do not fit the network's classes.
     """
     world = world or World()
     forward = forward or model
@@ -70,17 +72,23 @@ def evaluate(
             for i, precision in enumerate(precisions):
                 with switched(model, precision) if precision is not None else nullcontext():
                     logits = forward(x).float()
-                if not rows and not i and int(y.max()) >= logits.shape[1]:
-                    raise UserError(
-                        f"the data have a class {int(y.max())}, the network has only {logits.shape[1]} classes"
-                    )
+                _check_classes(logits, y, classes)
                 found.append(_totals(logits, y))
                 if confusion is not None:
                     _count(counts, i, logits, y)
             rows.append(torch.stack(found))
     if confusion is not None:
-        confusion += counts
+        ranks = gather([[matrix.cpu() for matrix in counts]], world)
+        confusion += [torch.stack(matrices).sum(0) for matrices in zip(*filter(None, ranks), strict=True)]
     return _scores([row.flatten().tolist() for row in rows], len(precisions), world)
+
+
+def _check_classes(logits: Tensor, y: Tensor, classes: int | None) -> None:
+    known = logits.shape[1]
+    if classes is not None and classes != known:
+        raise UserError(f"the data have {classes} classes, the network tells {known} apart")
+    if int(y.max()) >= known:
+        raise UserError(f"the data have a class {int(y.max())}, the network has only {known} classes")
 
 
 def _totals(logits: Tensor, y: Tensor) -> Tensor:
@@ -100,7 +108,7 @@ def _count(counts: list[Tensor], i: int, logits: Tensor, y: Tensor) -> None:
 def _scores(own: list[list[float]], precisions: int, world: World) -> list[Score]:
     """Add up all ranks' batches in the order of the batches, whatever rank each was on."""
     tagged = [[float(world.rank + i * world.size), *row] for i, row in enumerate(own)]
-    rows = sorted(gather_rows(tagged, world))
+    rows = sorted(gather(tagged, world))
     if not rows:
         raise UserError("there are no images to evaluate")
     sums = [sum(column) for column in zip(*rows, strict=True)][1:]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitswitch.errors import UserError
 from bitswitch.training.checkpoints import load_checkpoint, save_checkpoint
-from bitswitch.training.distributed import World, average
+from bitswitch.training.distributed import World, average, broadcast_buffers
 from bitswitch.training.objectives import Objective
 
 # How many steps may pass before a loss that is not finite is noticed: each look waits for the device.
@@ -92,8 +92,13 @@ class Loop:
                 int(np.random.SeedSequence((self.seed, self.epochs_done, self.world.rank)).generate_state(1)[0])
             )
             losses = self._epoch(self.epochs_done)
+            # Where batch statistics are not shared, every rank has its own running ones: rank 0's are those that are kept.
+            broadcast_buffers(self.objective.model, self.world)
             self.on_epoch(self.epochs_done, dict(zip(self.objective.names, losses, strict=True)))
             self.epochs_done += 1
+            self._save()
+        if not self.checkpoint.exists():
+            # No epochs were asked for: what the network started with is the result.
             self._save()
 
     def _epoch(self, epoch: int) -> list[float]:

@@ -24,9 +24,7 @@ class ScaleGradients:
     @torch.no_grad()
     def add(self, width: int) -> None:
         """Take the gradients that are there, after a backward at `width`."""
-        sizes = torch.stack(
-            [_size(gradient) for layer in self._layers.values() for gradient in _gradients(layer, width)]
-        )
+        sizes = torch.stack([_size(scale) for layer in self._layers.values() for scale in _scales(layer, width)])
         known = width in self._sums
         self._sums[width] = self._sums[width] + sizes if known else sizes
         self._peaks[width] = self._peaks[width].maximum(sizes) if known else sizes
@@ -52,11 +50,11 @@ class ScaleGradients:
         return found
 
 
-def _gradients(layer: Any, width: int) -> tuple[Tensor | None, Tensor | None]:
+def _scales(layer: Any, width: int) -> tuple[nn.Parameter, nn.Parameter]:
     weights = layer.weight_quantizer
     own = weights.scale_parameter if isinstance(weights, WeightQuantizer) else weights.scale_parameter[str(width)]
-    return own.grad, layer.input_quantizer.scale_parameter[str(width)].grad
+    return own, layer.input_quantizer.scale_parameter[str(width)]
 
 
-def _size(gradient: Tensor | None) -> Tensor:
-    return torch.zeros(()) if gradient is None else gradient.abs().amax().float()
+def _size(scale: nn.Parameter) -> Tensor:
+    return scale.new_zeros(()) if scale.grad is None else scale.grad.abs().amax()

@@ -1,6 +1,7 @@
 """Batch normalization statistics estimated anew at one precision."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +20,20 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], precision: Precision
         images: batches [N, C, H, W] on the model's device, of training images, not augmented.
         precision: the width or assignment that the statistics are for; None: the widths in use.
     """
-    with evaluating(model), switched(model, precision if precision is not None else {}):
+    with evaluating(model), switched(model, precision) if precision is not None else nullcontext():
         norms = _in_use(model)
         momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            # None: the plain mean over all batches.
-            norm.momentum = None
-            norm.train()
-        for x in images:
-            model(x)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                # None: the plain mean over all batches.
+                norm.momentum = None
+                norm.train()
+            for x in images:
+                model(x)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def _in_use(model: nn.Module) -> list[nn.BatchNorm2d]:
