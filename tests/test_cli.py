@@ -308,3 +308,70 @@ def test_interruption_exits_130(capsys, monkeypatch):
     monkeypatch.setattr(cli, "recipe_names", interrupt)
     status, _, err = call(capsys, "recipes")
     assert status == 130 and "goes on from the last checkpoint" in err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["pretrain.epochs=0"],
+        ["train.channels_last=true", "train.precision=bfloat16", "train.micro_batches=2"],
+        ["train.distillation.teacher=float", "train.record_scale_gradients=true"],
+        ["train.distillation={teacher: highest, temperature: 4}", "train.order=accumulate"],
+    ],
+    ids=str,
+)
+def test_every_switch_ends_with_an_artifact(capsys, tmp_path, options):
+    words = ["run", "digits", "pretrain.epochs=1", "train.epochs=1", *options, "--out", tmp_path / "x", "--json"]
+    status, out, err = call(capsys, *words)
+    assert status == 0, err
+    assert json.loads(out)["artifact"]
+    if "train.record_scale_gradients=true" in options:
+        rows = [json.loads(line) for line in (tmp_path / "x" / "scale_gradients.jsonl").read_text().splitlines()]
+        assert len(rows) == 4 * 6 and {row["epoch"] for row in rows} == {0}
+
+
+def test_a_rival_is_evaluated_from_its_checkpoint(capsys, tmp_path):
+    words = ["run", "digits", *SHORT, "train.method=lsq", "--out", tmp_path / "x", "--json"]
+    status, out, err = call(capsys, *words)
+    assert status == 0 and json.loads(out)["artifact"] is None and "no artifact" in err
+    assert not (tmp_path / "x" / "model.safetensors").exists()
+    ended = {row["bits"]: row["top1"] for row in json.loads(out)["results"]}
+    status, out, _ = call(capsys, "evaluate", tmp_path / "x" / "checkpoints" / "train.pt", "--json")
+    assert {row["bits"]: row["top1"] for row in json.loads(out)["results"]} == {b: ended[b] for b in (8, 6, 4, 2)}
+
+
+def test_confusion_and_recalibration(capsys, done):
+    words = ["evaluate", done / "model.safetensors", "--bits", "8,2", "--confusion", "--recalibrate", "300", "--json"]
+    status, out, _ = call(capsys, *words)
+    document = json.loads(out)
+    for row in document["results"]:
+        matrix = torch.tensor(row["confusion"])
+        assert matrix.shape == (10, 10) and int(matrix.sum()) == row["images"] == 360
+        assert float(matrix.diag().sum()) / 3.6 == pytest.approx(row["top1"])
+    assert status == 0 and document["provenance"]["recalibration_images"] == 300
+
+
+def test_float_weights_of_others(capsys, done, tmp_path):
+    from bitswitch.models import build
+
+    torch.save({"state_dict": build("resnet18", {"num_classes": 10}).state_dict()}, tmp_path / "a.pt")
+    one_line(call(capsys, "evaluate", tmp_path / "a.pt"), "name its network with --model")
+    one_line(
+        call(capsys, "evaluate", tmp_path / "a.pt", "--model", "cifar_resnet8", "--data", "digits"), "does not fit"
+    )
+
+
+def test_a_starting_checkpoint_counts_by_its_content(capsys, done, tmp_path):
+    source = done / "checkpoints" / "pretrain.pt"
+    first, second = shutil.copy(source, tmp_path / "a.pt"), shutil.copy(source, tmp_path / "b.pt")
+    words = ["pretrain", "digits", "pretrain.epochs=0", "--out", tmp_path / "x", "--json"]
+    status, out, _ = call(capsys, *words, f"pretrain.checkpoint={first}")
+    assert status == 0
+    reached = json.loads((done / "stages.json").read_text())["pretrain"]["result"]["float"]["top1"]
+    assert json.loads(out)["results"][0]["top1"] == reached
+    assert call(capsys, *words, f"pretrain.checkpoint={second}")[0] == 0
+    state = torch.load(second, weights_only=True)
+    state["model"]["linear.bias"] += 1
+    torch.save(state, second)
+    one_line(call(capsys, *words, f"pretrain.checkpoint={second}"), "other inputs", "--fresh")
+    one_line(call(capsys, *words, "pretrain.checkpoint=nowhere.pt"), "nowhere.pt", "no such file")

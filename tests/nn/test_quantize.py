@@ -522,3 +522,19 @@ def test_quantizing_is_repeatable():
     model, x = convs(), data(2, 3, 8, 8)
     one, two = quiet(model, x).state_dict(), quiet(model, x).state_dict()
     assert all(torch.equal(t, two[n]) for n, t in one.items())
+
+
+def test_what_is_changed_in_place_later_is_seen_as_it_was():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            x = self.a(x)
+            y = self.b(x)
+            torch.relu_(x)
+            return self.d(self.c(x + y))
+
+    quantized = quiet(InPlace(), data(64, 8))
+    assert quantized.b.input_quantizer.kind != "unsigned"

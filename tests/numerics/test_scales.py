@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bitswitch.numerics import bounded, sqnr, start_activation_scales, start_weight_scale
+from bitswitch.numerics.scales import sample
 
 NAN, INF = float("nan"), float("inf")
 
@@ -198,3 +199,14 @@ def test_sqnr_does_not_lose_small_noise_in_float32():
     noisy = signal.clone()
     noisy[0] += 0.0078125
     assert sqnr(signal, noisy) == pytest.approx(10 * math.log10(1000 * 1e8 / 0.0078125**2), abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(256, 256, 3, 3), (512, 16, 32, 32), (256, 256, 768)])
+def test_a_sample_meets_every_column_tap_and_feature(shape):
+    """A stride that divides a size would see one column of every image, or one tap of every kernel."""
+    last = shape[-1]
+    columns = torch.arange(last, dtype=torch.float32).expand(shape)
+    kept = sample(columns)[0]
+    assert kept.numel() <= 1 << 16
+    counts = kept.long().bincount(minlength=last)
+    assert counts.min() > 0.8 * kept.numel() / last

@@ -123,3 +123,16 @@ def test_scale_gradients_are_recorded_by_layer_and_width(quantized, images):
         assert row["weight_mean"] == pytest.approx(sum(p[0] for p in pairs) / 3, rel=1e-5)
         assert row["input_max"] == pytest.approx(max(p[1] for p in pairs), rel=1e-6)
     assert observed.rows() == []
+
+
+def test_a_batch_that_micro_batches_cannot_share_is_refused(quantized, images):
+    with pytest.raises(ValueError, match="micro_batches=3"):
+        joint(quantized, engine=Engine(micro_batches=3)).step(images, LABELS, 1.0)
+
+
+def test_half_precision_weights_have_float32_scales(network, images):
+    model = bs.quantize(network.bfloat16(), example_inputs=images.bfloat16())
+    scales = [p for n, p in model.named_parameters() if "scale_parameter" in n]
+    assert scales and all(p.dtype == torch.float32 for p in scales)
+    F.cross_entropy(model(images.bfloat16()).float(), LABELS).backward()
+    assert model.conv2.weight.grad.dtype == torch.bfloat16
