@@ -11,6 +11,7 @@ from bitswitch.version import __version__
 if TYPE_CHECKING:
     from bitswitch.export import load, save
     from bitswitch.nn import quantize, switch, switched, widths
+    from bitswitch.search import hessian_trace
     from bitswitch.training import MultiPrecisionOptimizer
 
 _ROOMS = {
@@ -19,11 +20,22 @@ _ROOMS = {
     "switched": "bitswitch.nn",
     "widths": "bitswitch.nn",
     "MultiPrecisionOptimizer": "bitswitch.training",
+    "hessian_trace": "bitswitch.search",
     "save": "bitswitch.export",
     "load": "bitswitch.export",
 }
 
-__all__ = ["MultiPrecisionOptimizer", "__version__", "load", "quantize", "save", "switch", "switched", "widths"]
+__all__ = [
+    "MultiPrecisionOptimizer",
+    "__version__",
+    "hessian_trace",
+    "load",
+    "quantize",
+    "save",
+    "switch",
+    "switched",
+    "widths",
+]
 
 
 def __getattr__(name: str) -> Any:
