@@ -23,6 +23,7 @@ LEVELS = [
     {"config", "rundir", "machine"},
     {"pipeline", "evaluation"},
     {"cli"},
+    {"start"},
     {"__main__"},
 ]
 BESIDE = {

@@ -1,6 +1,6 @@
 """`python -m bitswitch`."""
 
-from bitswitch.cli import main
+from bitswitch.start import main
 
 if __name__ == "__main__":
     main()

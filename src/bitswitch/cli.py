@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -100,6 +101,8 @@ def _stages(
     tensorboard: bool,
 ) -> None:
     """Do stages, and show what they reached."""
+    if tensorboard:
+        require("tensorboard", "tensorboard")
     config = load_recipe(recipe, overrides or [], seed=seed)
     name = Path(recipe).stem
     with _ranks(device) as (world, place):
@@ -353,20 +356,29 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except _UsageError as error:
         code = _fail(error.format_message() or "bitswitch --help lists the commands")
     except (typer.Abort, KeyboardInterrupt):
+        # A second one, out of impatience, is to change nothing.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         errors.print("interrupted; the same command goes on from the last checkpoint", markup=False)
         code = _INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
+    except RuntimeError as error:
+        code = _fault() if not distributed.is_lost_peer(error) else _fail("another process ended: see what it said")
     except Exception:
-        traceback.print_exc()
-        errors.print("this is a fault of bitswitch, not yours; please report it with the lines above", markup=False)
-        code = 1
+        code = _fault()
     sys.exit(code)
 
 
+def _fault() -> int:
+    traceback.print_exc()
+    errors.print("this is a fault of bitswitch, not yours; please report it with the lines above", markup=False)
+    return 1
+
+
 def _fail(message: str) -> int:
-    errors.print(f"bitswitch: {' '.join(message.split())}", markup=False)
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
+    errors.print(f"bitswitch: {line}", markup=False)
     return 2
 
 

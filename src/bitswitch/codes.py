@@ -24,7 +24,7 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
     Raises:
         UserError: a width is not a whole number from 2 to 8, or the widths do not strictly descend.
     """
-    if isinstance(widths, (int, str)) or not len(widths):
+    if not isinstance(widths, (list, tuple)) or not widths:
         raise UserError(f"bits={widths!r}: give a list of bit-widths, highest first, such as (8, 6, 4, 2)")
     for width in widths:
         if isinstance(width, bool) or not isinstance(width, (int, np.integer)) or not LEAST_BITS <= width <= MOST_BITS:

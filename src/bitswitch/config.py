@@ -55,9 +55,9 @@ class PretrainPart(EnginePart):
     checkpoint: str | None = None
     epochs: int = Field(200, ge=0)
     batch_size: int = Field(128, ge=1)
-    lr: float = Field(0.1, gt=0)
+    lr: float = Field(0.1, gt=0, le=1e30)
     momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=1e30)
 
 
 class DistillationPart(_Part):
@@ -76,9 +76,9 @@ class TrainPart(EnginePart):
 
     epochs: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=1)
-    lr: float = Field(5e-4, gt=0)
-    scale_lr: float | None = Field(None, gt=0)
-    weight_decay: float = Field(5e-5, ge=0)
+    lr: float = Field(5e-4, gt=0, le=1e30)
+    scale_lr: float | None = Field(None, gt=0, le=1e30)
+    weight_decay: float = Field(5e-5, ge=0, le=1e30)
     order: Literal["each", "accumulate"] = "each"
     alrs: Literal["relative", "printed", "off"] = "relative"
     eta: Literal["paper"] | float | dict[int, float] = 1.0

@@ -117,28 +117,37 @@ def _is_artifact(path: Path) -> bool:
 
 def _of_artifact(path: Path, network: str | None) -> _Subject:
     header = artifact.read_header(path)
+    config = header.provenance.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
     return _Subject(
         model=load(path, model=network),
         widths=header.widths,
         preprocessing=header.preprocessing,
         classes=header.classes,
-        data=header.provenance.get("data"),
-        data_config=header.provenance.get("config", {}).get("data"),
+        data=str(header.provenance["data"]) if header.provenance.get("data") else None,
+        data_config=data if isinstance(data, dict) else None,
         provenance=header.provenance,
     )
 
 
 def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> _Subject:
-    about, plan = state["about"], Plan.from_json(state["plan"])
+    try:
+        about, plan = state["about"], Plan.from_json(state["plan"])
+        known = {key: about[key] for key in ("network", "preprocessing", "classes", "data", "data_config")}
+        weights = dict(state["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a whole checkpoint of a train stage ({error!r})") from error
     name = network or about["network"]["name"]
     if network is None and not is_trusted(name):
         raise UserError(
             f"{path} names the network {name!r}, and no code is imported on the word of a file: give --model"
         )
-    model = apply(build(name, about["network"]["args"]), plan)
-    model.load_state_dict(state["model"])
-    known = {key: about[key] for key in ("preprocessing", "data", "data_config")}
-    return _Subject(model=model, widths=plan.widths, classes=tuple(about["classes"]), **known)
+    model = apply(build(name, known.pop("network")["args"]), plan)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
+    return _Subject(model=model, widths=plan.widths, classes=tuple(known.pop("classes")), **known)
 
 
 def _precisions(path: str | Path, subject: _Subject, bits: Sequence[int] | None) -> list[int | None]:
@@ -146,6 +155,8 @@ def _precisions(path: str | Path, subject: _Subject, bits: Sequence[int] | None)
         if bits:
             raise UserError(f"{path} holds float weights and has no widths: leave --bits out")
         return [None]
+    if bits and len(set(bits)) < len(bits):
+        raise UserError(f"--bits {','.join(map(str, bits))}: name each width once")
     for width in bits or ():
         if width not in subject.widths:
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, subject.widths))}")

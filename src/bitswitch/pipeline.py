@@ -84,6 +84,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: bitswitch computes on cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: there is no such device here; use cpu") from error
@@ -130,6 +132,10 @@ def open_data(recipe: Recipe) -> DataSet:
 
 def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> None:
     """Refuse what cannot be done before anything is changed; then note what is asked for."""
+    if strangers := run.directory.strangers():
+        raise UserError(
+            f"{run.directory.path} holds {strangers[0]} but no record of a run (stages.json): use an empty or new --out"
+        )
     records = {} if fresh and tuple(stages) == STAGES else run.directory.records()
     forgotten = set(stages) if fresh else set()
     records = {stage: record for stage, record in records.items() if stage not in forgotten}
@@ -146,6 +152,8 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
 def _check_network(run: Run, data: DataSet, *, quantizable: bool) -> None:
     """Refuse a network that does not fit the data, or cannot be quantized, before hours are spent on it."""
     network, images = build_network(run.recipe, data).eval(), data.sample(2)
+    if run.recipe.pretrain.checkpoint:
+        load_weights(network, run.recipe.pretrain.checkpoint)
     try:
         with torch.no_grad():
             logits = network(images)
@@ -333,7 +341,7 @@ def _join_ranks(run: Run, model: nn.Module, part: EnginePart) -> None:
 def _float_network(run: Run, data: DataSet) -> nn.Module:
     """The network as the pretrain stage left it."""
     network = build(**_about(run, data)["network"])
-    network.load_state_dict(load_checkpoint(run.directory.checkpoint("pretrain"))["model"])
+    load_weights(network, run.directory.checkpoint("pretrain"))
     return network
 
 
@@ -341,7 +349,10 @@ def _start_of_training(run: Run, data: DataSet) -> nn.Module:
     """The quantized network: by the plan of a checkpoint where there is one, else with scales started from data."""
     network, checkpoint = _float_network(run, data), run.directory.checkpoint("train")
     if checkpoint.exists():
-        return apply(network, Plan.from_json(load_checkpoint(checkpoint)["plan"]))
+        try:
+            return apply(network, Plan.from_json(load_checkpoint(checkpoint)["plan"]))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{checkpoint} is not a checkpoint of this stage: do it again with --fresh") from error
     return _quantized(run, data, network, images=run.recipe.train.calibration_images)
 
 
@@ -442,7 +453,7 @@ def _train_loop(
 def _tell_resumed(run: Run, stage: str, done: int, epochs: int) -> None:
     if not done:
         return
-    before = load_checkpoint(run.directory.checkpoint(stage))["ranks"]
+    before = load_checkpoint(run.directory.checkpoint(stage)).get("ranks", run.world.size)
     other = "" if before == run.world.size else f"; it ran on {before} processes before, on {run.world.size} now"
     run.reporter.note(f"{stage}: taken up after epoch {done} of {epochs}{other}")
 

@@ -17,6 +17,10 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+_OWN = ("config.yaml", "metrics.jsonl", "stages.json", "scale_gradients.jsonl", "model.safetensors")
+_RECORD = {"done", "config", "inputs", "outputs", "result"}
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The files of a run, by the names that design and users know."""
@@ -62,8 +66,10 @@ class RunDirectory:
                     raise UserError(
                         f"another bitswitch works in {self.path}: wait for it, or use another --out"
                     ) from error
-            for left in self.path.rglob(f".*{files.TEMPORARY_SUFFIX}"):
-                left.unlink(missing_ok=True)
+            for name in (*_OWN, "checkpoints/pretrain.pt", "checkpoints/train.pt"):
+                own = self.path / name
+                for left in own.parent.glob(f".{own.name}.????????{files.TEMPORARY_SUFFIX}"):
+                    left.unlink(missing_ok=True)
             yield
 
     def records(self) -> dict[str, Any]:
@@ -73,11 +79,22 @@ class RunDirectory:
             UserError: the file is damaged.
         """
         try:
-            return json.loads(self._stages.read_text(encoding="utf-8"))
+            records = json.loads(self._stages.read_text(encoding="utf-8"))
+            if not isinstance(records, dict) or any(set(record) != _RECORD for record in records.values()):
+                raise ValueError("it holds no records of stages")
+            return records
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self._stages} is damaged ({error}): start over with --fresh or another --out") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{self._stages} is damaged ({error}): start over with bitswitch run ... --fresh, or use another --out"
+            ) from error
+
+    def strangers(self) -> list[str]:
+        """Files by the names of a run's, in a directory that holds no record of a run."""
+        if self._stages.exists():
+            return []
+        return [name for name in (*_OWN, "checkpoints") if (self.path / name).exists()]
 
     def write_records(self, records: Mapping[str, Any]) -> None:
         """Replace all records."""
@@ -98,7 +115,9 @@ class RunDirectory:
             kept = [row for row in _rows(gradients) if row["epoch"] < epochs_done]
             files.write(gradients, "".join(json.dumps(row) + "\n" for row in kept).encode())
         rows = [
-            r for r in self.metrics() if r["stage"] != stage or (r["epoch"] is not None and r["epoch"] < epochs_done)
+            r
+            for r in self.metrics()
+            if r.get("stage") != stage or (r["epoch"] is not None and r["epoch"] < epochs_done)
         ]
         files.write(self._metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -139,10 +158,10 @@ class RunDirectory:
 def _rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file, without what a killed process left unfinished."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and "epoch" in row]
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -78,7 +78,7 @@ class Header:
             UserError: it is not a header of a version that this package reads.
         """
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=_no_constant)
             version = value.pop("version")
         except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"its header is not one of bitswitch ({error})") from error
@@ -103,17 +103,26 @@ class Header:
         for key in ("network", "preprocessing", "provenance", "checksums"):
             if not isinstance(value[key], dict) and not (value[key] is None and key in ("network", "preprocessing")):
                 raise ValueError(f"{key} is not an object")
-        if value["network"] is not None and not isinstance(value["network"]["name"], str):
-            raise ValueError("the network's name is not a string")
+        network = value["network"]
+        if network is not None and not (isinstance(network["name"], str) and isinstance(network["args"], dict)):
+            raise ValueError("the network has no name and arguments")
         classes = None if value["classes"] is None else tuple(str(name) for name in value["classes"])
         return cls(**value | {"widths": widths, "layers": layers, "classes": classes})
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _layer(entry: dict[str, Any], widths: tuple[int, ...]) -> LayerEntry:
     shape = tuple(entry["shape"])
     if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"layer {entry['name']!r} has the shape {shape}")
-    if entry["bits"] != widths[0] or entry["input"] not in ("unsigned", "signed", "zero_point"):
+    if (
+        type(entry["bits"]) is not int
+        or entry["bits"] != widths[0]
+        or entry["input"] not in ("unsigned", "signed", "zero_point")
+    ):
         raise ValueError(f"layer {entry['name']!r} has {entry['bits']!r} bits and input {entry['input']!r}")
     errors = {int(width): float(error) for width, error in entry["squared_error"].items()}
     if set(errors) != set(widths) or not all(math.isfinite(error) for error in errors.values()):

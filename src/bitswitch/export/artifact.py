@@ -59,6 +59,10 @@ def save(
         provenance=provenance or {},
         checksums={},
     )
+    try:
+        artifact.Header.from_text(header.to_text())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"network, preprocessing, classes or provenance cannot be stored: {error}") from error
     artifact.write(path, header, _tensors(model))
 
 
@@ -116,7 +120,10 @@ def _network(path: str | Path, header: artifact.Header, model: Any) -> nn.Module
     if isinstance(model, str):
         return build(model, args)
     if model is not None:
-        return model(**args)
+        made = model(**args) if callable(model) else None
+        if not isinstance(made, nn.Module):
+            raise UserError(f"model={model!r} is neither a network, nor a function that returns one, nor a name")
+        return copy.deepcopy(made)
     if header.network is None:
         raise UserError(f"{path} does not name its network: give it with model= (--model on the command line)")
     if not is_trusted(header.network["name"]):

@@ -46,7 +46,10 @@ def join(device_type: str) -> World:
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World()
-    world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        world = World(*(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK are numbers that torchrun sets: {error}") from error
     try:
         # Rank 0 may read a million files while the others wait; torchrun ends them if it dies.
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(days=1))
@@ -63,6 +66,12 @@ def leave() -> None:
     """Leave the other processes, where there are any."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    words = ("Connection closed by peer", "Connection reset by peer", "NCCL", "gloo")
+    return dist.is_available() and "RANK" in os.environ and any(word in str(error) for word in words)
 
 
 def barrier() -> None:

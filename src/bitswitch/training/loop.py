@@ -74,9 +74,18 @@ class Loop:
         """
         if self.checkpoint.exists():
             state = load_checkpoint(self.checkpoint)
-            self.objective.model.load_state_dict(state["model"])
-            self.objective.load_state_dict(state["optimizers"])
-            self.epochs_done = state["epochs_done"]
+            try:
+                done = state["epochs_done"]
+                if not isinstance(done, int) or not 0 <= done <= self.epochs:
+                    raise ValueError(f"{done!r} of {self.epochs} epochs done")
+                self.objective.model.load_state_dict(state["model"])
+                self.objective.load_state_dict(state["optimizers"])
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"{self.checkpoint} is not a checkpoint of this training ({reason}): do it again with --fresh"
+                ) from error
+            self.epochs_done = done
         return self.epochs_done
 
     def run(self) -> None:

@@ -1,7 +1,8 @@
 """Two Adams for a network of several precisions: one for the weights, one for the scales."""
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,10 @@ class MultiPrecisionOptimizer:
         eta: Literal["paper"] | float | Mapping[int, float] = 1.0,
         clip: float = 1.0,
     ) -> None:
+        if alrs not in get_args(AlrsForm):
+            raise UserError(f"alrs={alrs!r}: use one of {', '.join(get_args(AlrsForm))}")
+        if not (lr > 0 and (scale_lr is None or scale_lr > 0) and weight_decay >= 0 and clip > 0):
+            raise UserError("lr, scale_lr and clip are greater than 0, weight_decay is not negative")
         self.widths = next(iter(quantized_layers(model).values())).widths
         self.lr = lr
         self.scale_lr = lr if scale_lr is None else scale_lr
@@ -53,6 +58,8 @@ class MultiPrecisionOptimizer:
         self.clip = clip
         self.factor = 1.0
         self.eta = self._etas(eta)
+        if not all(0 <= value < math.inf for value in self.eta.values()):
+            raise UserError(f"eta={eta!r}: a learning rate's factor is finite and not negative")
         groups = _scales(model)
         scales = {id(parameter) for group in groups.values() for parameter in group}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]
