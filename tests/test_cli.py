@@ -375,3 +375,55 @@ def test_a_starting_checkpoint_counts_by_its_content(capsys, done, tmp_path):
     torch.save(state, second)
     one_line(call(capsys, *words, f"pretrain.checkpoint={second}"), "other inputs", "--fresh")
     one_line(call(capsys, *words, "pretrain.checkpoint=nowhere.pt"), "nowhere.pt", "no such file")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/pretrain.pt", "model.safetensors"])
+def test_files_of_others_are_left_alone(capsys, tmp_path, name):
+    mine = tmp_path / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    (tmp_path / ".download.partial").write_text("mine")
+    one_line(call(capsys, "run", "digits", *SHORT, "--out", tmp_path), "no record of a run")
+    assert mine.read_text() == "mine" and (tmp_path / ".download.partial").exists()
+
+
+def test_a_bad_starting_checkpoint_costs_nothing(capsys, copied, tmp_path):
+    before = snapshot(copied)
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    words = ["run", "digits", *SHORT, f"pretrain.checkpoint={tmp_path / 'noise.pt'}", "--fresh", "--out", copied]
+    one_line(call(capsys, *words), "noise.pt is not a checkpoint")
+    assert snapshot(copied) == before
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", '{"pretrain": {}}', "{", '{"pretrain": 5}'])
+def test_damaged_records(capsys, copied, content):
+    (copied / "stages.json").write_text(content)
+    one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "stages.json is damaged", "--fresh")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.pop("model"),
+        lambda s: s.pop("plan"),
+        lambda s: s.update(epochs_done=99),
+        lambda s: s.update(epochs_done="x"),
+        lambda s: s.update(optimizers={}),
+        lambda s: s["model"].pop("linear.bias"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_not_taken_up(capsys, copied, change):
+    path = copied / "checkpoints" / "train.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    records = json.loads((copied / "stages.json").read_text())
+    records["train"]["done"] = False
+    (copied / "stages.json").write_text(json.dumps(records))
+    one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "train.pt", "--fresh")
+
+
+@pytest.mark.parametrize("content", [b"", b"noise", b"\x80\x02.", b"root:x:0:0:root:/root:/bin/bash\n"])
+def test_files_that_are_no_checkpoints(capsys, tmp_path, content):
+    (tmp_path / "a.pt").write_bytes(content)
+    one_line(call(capsys, "evaluate", tmp_path / "a.pt", "--model", "cifar_resnet8", "--data", "digits"), "a.pt")
