@@ -427,3 +427,14 @@ def test_a_checkpoint_of_something_else_is_not_taken_up(capsys, copied, change):
 def test_files_that_are_no_checkpoints(capsys, tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     one_line(call(capsys, "evaluate", tmp_path / "a.pt", "--model", "cifar_resnet8", "--data", "digits"), "a.pt")
+
+
+def test_another_number_of_ranks_is_told(capsys, copied):
+    path = copied / "checkpoints" / "train.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"ranks": 3}, path)
+    records = json.loads((copied / "stages.json").read_text())
+    records["train"]["done"] = False
+    (copied / "stages.json").write_text(json.dumps(records))
+    status, _, err = call(capsys, "run", "digits", *SHORT, "--out", copied, "--json")
+    assert status == 0 and "taken up after epoch 1 of 1; it ran on 3 processes before, on 1 now" in err
