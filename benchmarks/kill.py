@@ -12,6 +12,7 @@ ranks: it must end, and say what changed.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import shutil
@@ -50,14 +51,26 @@ def finish(command: list[str]) -> str:
 
 def killed_after(command: list[str], seconds: float) -> bool:
     """Start and kill after so many seconds, all ranks at once; whether it was still running then."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         process.wait(seconds)
         return False
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        # torchrun gives every rank a session of its own, so that killing its group would spare them.
+        for one in [process.pid, *descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
         process.wait()
         return True
+
+
+def descendants(parent: int) -> list[int]:
+    """The processes that a process started, and those that they started (Linux)."""
+    found = []
+    for thread in Path(f"/proc/{parent}/task").glob("*/children"):
+        for child in map(int, thread.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
 
 
 def model_of(path: Path) -> dict[str, torch.Tensor]:
