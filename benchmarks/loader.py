@@ -76,7 +76,7 @@ def main() -> None:
         rows.append(measure("files", data, seconds, options, workers=workers))
     if options.json is not None:
         document = {
-            "command": f"python benchmarks/loader.py {options.folder} --batch-size {options.batch_size}",
+            "command": f"python benchmarks/loader.py {options.folder.name} --batch-size {options.batch_size}",
             "commit": source_commit(),
             "machine": machine(torch.device(options.device)),
             "rows": rows,

@@ -226,7 +226,10 @@ def write(options: argparse.Namespace, rows: list[list[Any]], measured: list[dic
     brevitas = getattr(sys.modules.get("brevitas"), "__version__", None)
     document = {
         "title": "One training step, quantized against float, on the CPU" + (" (QUICK: NO RESULT)" * options.quick),
-        "command": shlex.join(["python", *sys.argv]),
+        # Where the file was written to is nobody else's business.
+        "command": shlex.join(
+            ["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]
+        ),
         "data": "random",
         "split": "none",
         "seeds": [0],
