@@ -116,7 +116,7 @@ def test_modes_are_the_originals(training):
 def test_running_statistics_do_not_move_while_quantizing():
     model = convs().train()
     quantized = quiet(model, data(2, 3, 8, 8))
-    assert quantized[1].by_width["8"].num_batches_tracked == 0
+    assert quantized[1].variants["8"].num_batches_tracked == 0
 
 
 def test_first_and_last_are_those_that_run_first_and_last():
@@ -287,7 +287,7 @@ def test_modules_called_through_a_plain_list_are_quantized():
     assert list(bs.widths(quantized)) == ["b", "c"]
     assert moved_by_switching(quantized.eval(), data(9, 8))
     quantized.train()(data(9, 8))
-    assert quantized.norm.by_width["8"].num_batches_tracked == 1
+    assert quantized.norm.variants["8"].num_batches_tracked == 1
 
 
 def test_modules_that_only_a_plain_list_holds_still_run():
@@ -336,9 +336,9 @@ def test_every_width_has_a_norm_that_starts_as_the_float_one():
     quantized = quiet(model, data(2, 3, 8, 8), bits=(8, 4, 2))
     for i in (1, 4, 7):
         assert isinstance(quantized[i], SwitchableBatchNorm)
-        assert list(quantized[i].by_width) == ["8", "4", "2"]
+        assert list(quantized[i].variants) == ["8", "4", "2"]
         tensors = []
-        for norm in quantized[i].by_width.values():
+        for norm in quantized[i].variants.values():
             assert (norm.eps, norm.momentum, norm.affine) == (model[i].eps, model[i].momentum, model[i].affine)
             assert all(torch.equal(t, model[i].state_dict()[n]) for n, t in norm.state_dict().items())
             tensors += [t.data_ptr() for t in norm.state_dict().values()]

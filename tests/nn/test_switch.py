@@ -208,7 +208,7 @@ def test_gradients_of_two_widths_differ_and_add_up(model):
 
 def belongs_to(name, width):
     """Whether a tensor is one width's own: a scale, an offset, or anything in a batch normalization."""
-    return f".{width}" in name.replace("by_width", "") and ("quantizer" in name or "by_width" in name)
+    return f".{width}" in name.replace("variants", "") and ("quantizer" in name or "variants" in name)
 
 
 def adamw(model):
@@ -289,7 +289,7 @@ def test_a_norm_follows_the_layer_before_it(model, norm, layer):
         model(images())
         moved = {name for name in changed(before, model) if name.startswith(f"{norm}.")}
         assert moved
-        assert all(f"by_width.{width}." in name for name in moved)
+        assert all(f"variants.{width}." in name for name in moved)
 
 
 def test_two_models_do_not_meet():
@@ -327,7 +327,7 @@ def test_a_deep_copy_is_independent(model):
     twin.train()(images())
     moved = changed(before, twin)
     assert moved
-    assert all("by_width.2." in name for name in moved)
+    assert all("variants.2." in name for name in moved)
     assert not changed(before, model)
 
 

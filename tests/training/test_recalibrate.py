@@ -11,7 +11,7 @@ def test_statistics_are_those_of_the_images_at_that_width(quantized, images):
     bs.switch(quantized, 8)
     quantized.train()
     seen = []
-    norm = quantized.bn2.by_width["2"]
+    norm = quantized.bn2.variants["2"]
     handle = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
     recalibrate(quantized, [images[:8], images[8:]], 2)
     handle.remove()
@@ -22,4 +22,4 @@ def test_statistics_are_those_of_the_images_at_that_width(quantized, images):
     assert norm.momentum == 0.1 and quantized.training and set(bs.widths(quantized).values()) == {8}
     after = quantized.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(".by_width.2." in name for name in changed)
+    assert changed and all(".variants.2." in name for name in changed)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bitswitch import codes, files
+from bitswitch.artifact.frontier import check_choice
 from bitswitch.errors import UserError
 
 VERSION = 1
@@ -45,7 +46,11 @@ class Header:
         widths: candidate widths, highest first.
         layers: in the order in which they run.
         norms: {batch normalization: the layer whose width it follows}.
+        before: {batch normalization: the layer before the one that it follows, or None}.
+        transitional: batch normalizations are stacked over the pairs of widths (before, here), not over the widths here.
         per_channel: one weight scale per output channel.
+        frontier: the best mixed assignments, each {"assignment": {layer: bits}, "cost": {name: number}, "damage": number,
+            "top1": per cent of val, or None}.
         network: {"name": ..., "args": {...}}, or None where the network is the user's own and was not named.
         preprocessing: {"shape": [C, H, W], "mean": [...], "std": [...], "resize": ..., "crop": ...}, or None.
         classes: names in the order of the logits, or None.
@@ -56,7 +61,10 @@ class Header:
     widths: tuple[int, ...]
     layers: tuple[LayerEntry, ...]
     norms: Mapping[str, str]
+    before: Mapping[str, str | None]
+    transitional: bool
     per_channel: bool
+    frontier: tuple[Mapping[str, Any], ...]
     network: Mapping[str, Any] | None
     preprocessing: Mapping[str, Any] | None
     classes: tuple[str, ...] | None
@@ -100,6 +108,8 @@ class Header:
             raise ValueError("no layers, or one listed twice")
         if not set(value["norms"].values()) <= set(names):
             raise ValueError("a batch normalization follows no listed layer")
+        if set(value["before"]) != set(value["norms"]) or not set(value["before"].values()) <= {None, *names}:
+            raise ValueError("a batch normalization has no listed layer before it")
         for key in ("network", "preprocessing", "provenance", "checksums"):
             if not isinstance(value[key], dict) and not (value[key] is None and key in ("network", "preprocessing")):
                 raise ValueError(f"{key} is not an object")
@@ -107,7 +117,8 @@ class Header:
         if network is not None and not (isinstance(network["name"], str) and isinstance(network["args"], dict)):
             raise ValueError("the network has no name and arguments")
         classes = None if value["classes"] is None else tuple(str(name) for name in value["classes"])
-        return cls(**value | {"widths": widths, "layers": layers, "classes": classes})
+        frontier = tuple(check_choice(choice, names, widths) for choice in value["frontier"])
+        return cls(**value | {"widths": widths, "layers": layers, "classes": classes, "frontier": frontier})
 
 
 def _no_constant(name: str) -> None:

@@ -1,7 +1,7 @@
 """`save` and `load`: a quantized torch model to its artifact and back, the codes equal to the last bit."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ def save(
     preprocessing: Mapping[str, Any] | None = None,
     classes: tuple[str, ...] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    frontier: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write the model's artifact: one integer code per quantized weight, scales, per-width parameters, float rest.
 
@@ -37,6 +38,7 @@ def save(
         preprocessing: {"shape", "mean", "std", "resize", "crop"} of the input.
         classes: names in the order of the logits.
         provenance: plain JSON values, kept as they are.
+        frontier: choices, as frontier.json lists them, from which `load(assignment="avg<=4")` picks.
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be
@@ -52,7 +54,10 @@ def save(
         widths=plan.widths,
         layers=tuple(_entry(name, layers[name], plan) for name in plan.layers),
         norms=plan.norms,
+        before=plan.before,
+        transitional=plan.transitional,
         per_channel=plan.per_channel,
+        frontier=tuple(frontier),
         network=network,
         preprocessing=preprocessing,
         classes=classes,
@@ -62,7 +67,7 @@ def save(
     try:
         artifact.Header.from_text(header.to_text())
     except (TypeError, ValueError) as error:
-        raise UserError(f"network, preprocessing, classes or provenance cannot be stored: {error}") from error
+        raise UserError(f"network, preprocessing, classes, provenance or frontier cannot be stored: {error}") from error
     artifact.write(path, header, _tensors(model))
 
 
@@ -71,7 +76,7 @@ def load(
     *,
     bits: int | None = None,
     model: nn.Module | Callable[..., nn.Module] | str | None = None,
-    assignment: Mapping[str, int] | None = None,
+    assignment: Mapping[str, int] | str | None = None,
 ) -> nn.Module:
     """The model of an artifact, in eval mode, with integer codes and no float weight in its quantized layers.
 
@@ -80,7 +85,8 @@ def load(
         bits: the width to stand at; the highest where neither this nor `assignment` is given.
         model: the network where the file does not name it, or names the user's own code, which is never imported on the
             word of a file: a float module, a function that builds one, or its name.
-        assignment: widths by layer name.
+        assignment: widths by layer name; or a budget such as "avg<=4" (average bits) or "bytes<=100000", for which the best
+            choice of the file's frontier is taken.
 
     Raises:
         UserError: the file is not a whole, unaltered artifact of a version that this package reads; the network is not
@@ -96,6 +102,8 @@ def load(
         widths=header.widths,
         layers={layer.name: layer.input for layer in header.layers},  # type: ignore[misc]
         norms=header.norms,
+        before=header.before,
+        transitional=header.transitional,
         method="double_rounding",
         per_channel=header.per_channel,
         scale_form="raw",
@@ -108,9 +116,19 @@ def load(
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not fit this {type(loaded).__name__}: {reason[:300]}") from error
     loaded.requires_grad_(False).eval()
-    if bits is not None or assignment is not None:
-        switch(loaded, assignment if bits is None else bits)  # type: ignore[arg-type]
+    wanted = bits if assignment is None else _assignment(path, header, assignment)
+    if wanted is not None:
+        switch(loaded, wanted)
     return loaded
+
+
+def _assignment(path: str | Path, header: artifact.Header, wanted: Mapping[str, int] | str) -> Mapping[str, int]:
+    if not isinstance(wanted, str):
+        return wanted
+    try:
+        return artifact.within_budget(header.frontier, wanted)["assignment"]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _network(path: str | Path, header: artifact.Header, model: Any) -> nn.Module:
@@ -154,7 +172,7 @@ def _tensors(model: nn.Module) -> dict[str, np.ndarray]:
             for key, tensor in _layer_tensors(module).items():
                 found[tensor_name(name, key)] = _storable(tensor_name(name, key), tensor, learned=True)
         elif isinstance(module, SwitchableBatchNorm):
-            states = [norm.state_dict() for norm in module.by_width.values()]
+            states = [norm.state_dict() for norm in module.variants.values()]
             for key in states[0]:
                 stacked = torch.stack([state[key] for state in states])
                 found[tensor_name(name, key)] = _storable(tensor_name(name, key), stacked, learned=True)
@@ -172,7 +190,7 @@ def _others(model: nn.Module) -> dict[str, Tensor]:
             inside |= {tensor_name(name, "weight"), tensor_name(name, "codes")}
             prefixes += [tensor_name(name, "weight_quantizer."), tensor_name(name, "input_quantizer.")]
         elif isinstance(module, SwitchableBatchNorm):
-            prefixes.append(tensor_name(name, "by_width."))
+            prefixes.append(tensor_name(name, "variants."))
     first: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name not in inside and not name.startswith(tuple(prefixes)):
@@ -232,12 +250,12 @@ def _fill(model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.nd
 
 def _norm_state(name: str, norm: SwitchableBatchNorm, rest: dict[str, Tensor]) -> dict[str, Tensor]:
     state = {}
-    for key in next(iter(norm.by_width.values())).state_dict():
+    for key in next(iter(norm.variants.values())).state_dict():
         stacked = rest.pop(tensor_name(name, key))
-        if len(stacked) != len(norm.by_width):
-            raise UserError(f"{tensor_name(name, key)!r} holds {len(stacked)} widths, not {len(norm.by_width)}")
-        for width, tensor in zip(norm.by_width, stacked, strict=True):
-            state[tensor_name(name, f"by_width.{width}.{key}")] = tensor
+        if len(stacked) != len(norm.variants):
+            raise UserError(f"{tensor_name(name, key)!r} holds {len(stacked)} variants, not {len(norm.variants)}")
+        for variant, tensor in zip(norm.variants, stacked, strict=True):
+            state[tensor_name(name, f"variants.{variant}.{key}")] = tensor
     return state
 
 

@@ -2,8 +2,8 @@
 
 from bitswitch.nn.layers import QuantizedLayer
 from bitswitch.nn.mode import evaluating
-from bitswitch.nn.norm import SwitchableBatchNorm
-from bitswitch.nn.plan import Plan, apply, freeze, plan_of
+from bitswitch.nn.norm import SwitchableBatchNorm, TransitionalBatchNorm
+from bitswitch.nn.plan import Plan, apply, freeze, make_transitional, plan_of
 from bitswitch.nn.quantize import quantize
 from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer
 from bitswitch.nn.switch import assignment, quantized_layers, switch, switched, widths
@@ -14,11 +14,13 @@ __all__ = [
     "Plan",
     "QuantizedLayer",
     "SwitchableBatchNorm",
+    "TransitionalBatchNorm",
     "WeightQuantizer",
     "apply",
     "assignment",
     "evaluating",
     "freeze",
+    "make_transitional",
     "plan_of",
     "quantize",
     "quantized_layers",

@@ -1,7 +1,7 @@
-"""One batch normalization per width."""
+"""Batch normalizations of their own for every width, or for every pair of widths."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -15,15 +15,17 @@ class SwitchableBatchNorm(nn.Module):
 
     Args:
         norm: the float network's, with which every width starts.
-        widths: candidate widths, highest first.
         follows: the quantized layer whose width selects.
+
+    Attributes:
+        variants: the batch normalizations, by `key`.
     """
 
-    def __init__(self, norm: nn.Module, widths: Sequence[int], follows: QuantizedLayer) -> None:
+    def __init__(self, norm: nn.Module, follows: QuantizedLayer) -> None:
         super().__init__()
-        self.by_width = nn.ModuleDict({str(width): copy.deepcopy(norm) for width in widths})
         # In a tuple, so that torch does not take the layer for a child; a deep copy still carries the tie along.
         self._follows = (follows,)
+        self.variants = nn.ModuleDict({key: copy.deepcopy(norm) for key in self._keys()})
         self.train(norm.training)
 
     @property
@@ -31,6 +33,56 @@ class SwitchableBatchNorm(nn.Module):
         """The quantized layer whose width selects."""
         return self._follows[0]
 
+    @property
+    def key(self) -> str:
+        """The name of the variant in use."""
+        return str(self.follows.width)
+
+    def _keys(self) -> Iterable[str]:
+        return map(str, self.follows.widths)
+
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize at the width in use; the other widths' statistics and parameters are not touched."""
-        return self.by_width[str(self.follows.width)](x)
+        """Normalize at the width in use; the other variants' statistics and parameters are not touched."""
+        return self.variants[self.key](x)
+
+
+class TransitionalBatchNorm(SwitchableBatchNorm):
+    """A batch normalization for every pair (width of the layer before, width of the layer that it follows).
+
+    Bit-Mixer (ICCV 2021); arXiv 2502.01199, section 5. The layer before is the quantized one that ran last among those whose
+    output reaches the layer that it follows; without one the pair is ("float", width).
+
+    Args:
+        norm: the float network's, or one for each width, with which every pair starts.
+        follows: the quantized layer here.
+        before: the quantized layer before it, or None.
+    """
+
+    def __init__(self, norm: nn.Module, follows: QuantizedLayer, before: QuantizedLayer | None) -> None:
+        nn.Module.__init__(self)
+        self._follows = (follows,)
+        self._before = (before,)
+        self.variants = nn.ModuleDict()
+        for key in self._keys():
+            started = norm.variants[key.partition(">")[2]] if isinstance(norm, SwitchableBatchNorm) else norm
+            self.variants[key] = copy.deepcopy(started)
+        self.train(norm.training)
+
+    @property
+    def before(self) -> QuantizedLayer | None:
+        """The quantized layer before the one that it follows."""
+        return self._before[0]
+
+    @property
+    def key(self) -> str:
+        """The name of the variant in use: "4>8", 4 bits before and 8 here."""
+        before = self._before[0]
+        return f"{'float' if before is None else before.width}>{self._follows[0].width}"
+
+    def _keys(self) -> Iterable[str]:
+        before, here = self._before[0], self._follows[0]
+        if before is here:
+            # One layer that runs several times has one width.
+            return [f"{width}>{width}" for width in here.widths]
+        left = ["float"] if before is None else before.widths
+        return [f"{first}>{second}" for first in left for second in here.widths]

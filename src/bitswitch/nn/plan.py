@@ -1,7 +1,7 @@
 """What is quantized in a network, and how: a value that can be stored, and the swap that it describes."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from bitswitch.errors import UserError
 from bitswitch.nn.layers import QUANTIZED, MultiheadAttention, QuantizedLayer
-from bitswitch.nn.norm import BATCH_NORMS, SwitchableBatchNorm
+from bitswitch.nn.norm import BATCH_NORMS, SwitchableBatchNorm, TransitionalBatchNorm
 from bitswitch.nn.quantizers import ActivationQuantizer, InputKind, Method, ScaleForm, weight_quantizer
 
 
@@ -21,6 +21,8 @@ class Plan:
         widths: candidate widths, highest first.
         layers: {layer to quantize: the kind of its input}, in the order in which the layers run.
         norms: {batch normalization: the quantized layer whose width it follows}.
+        before: {batch normalization: the quantized layer before the one that it follows, or None}.
+        transitional: one batch normalization for each pair of their widths, not for each width alone.
         method: how weights are quantized.
         per_channel: one weight scale per output channel.
         scale_form: whether scales or their logarithms are learned.
@@ -30,10 +32,12 @@ class Plan:
     widths: tuple[int, ...]
     layers: Mapping[str, InputKind]
     norms: Mapping[str, str]
+    before: Mapping[str, str | None]
     method: Method
     per_channel: bool
     scale_form: ScaleForm
     lsq_factor: bool
+    transitional: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -87,8 +91,8 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
     """
     replace_attention(model)
     modules = dict(model.named_modules())
-    for name in (*plan.layers, *plan.norms, *plan.norms.values()):
-        if name not in modules:
+    for name in (*plan.layers, *plan.norms, *plan.norms.values(), *plan.before.values()):
+        if name is not None and name not in modules:
             raise UserError(
                 f"this {type(model).__name__} is another network than the one quantized: it has no {name!r}"
             )
@@ -98,8 +102,32 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
         layer = modules[follows]
         if not isinstance(modules[name], BATCH_NORMS) or not isinstance(layer, QuantizedLayer):
             raise UserError(f"this {type(model).__name__} is another network than the one quantized: see {name!r}")
-        _become(modules[name], SwitchableBatchNorm(modules[name], plan.widths, layer))
-    model.bitswitch_plan = plan  # type: ignore[assignment]
+        _become(modules[name], SwitchableBatchNorm(modules[name], layer))
+    model.bitswitch_plan = replace(plan, transitional=False)  # type: ignore[assignment]
+    return make_transitional(model) if plan.transitional else model
+
+
+def make_transitional(model: nn.Module) -> nn.Module:
+    """Give every batch normalization a variant for each pair of widths that can occur, in place.
+
+    Each pair starts from the variant of the width here; see `TransitionalBatchNorm`.
+
+    Args:
+        model: made by `bitswitch.quantize`, or loaded.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: it is not a quantized model.
+    """
+    plan = plan_of(model)
+    if not plan.transitional:
+        modules: dict[str, Any] = dict(model.named_modules())
+        for name, before in plan.before.items():
+            norm = modules[name]
+            _become(norm, TransitionalBatchNorm(norm, norm.follows, None if before is None else modules[before]))
+        model.bitswitch_plan = replace(plan, transitional=True)  # type: ignore[assignment]
     return model
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bitswitch.codes import check_widths
 from bitswitch.errors import UserError, nearest
 from bitswitch.nn.layers import QUANTIZED, QuantizedLayer
+from bitswitch.nn.norm import BATCH_NORMS
 from bitswitch.nn.plan import Plan, apply, replace_attention
 from bitswitch.nn.quantizers import InputKind, Method, ScaleForm, input_range
 from bitswitch.nn.trace import Trace, trace
@@ -93,10 +94,12 @@ def quantize(
             f"{len(running)} of them run, and the first and last stay float (keep_first_last=False changes that)"
         )
     starts = {name: _input_start(name, seen.inputs[name], widths) for name in chosen}
+    norms = _followed(seen, chosen, [name for name, m in named.items() if isinstance(m, BATCH_NORMS)])
     plan = Plan(
         widths=widths,
         layers={name: kind for name, (kind, _, _) in starts.items()},
-        norms=_followed(seen, chosen),
+        norms=norms,
+        before={norm: _last(chosen, seen.before[layer]) for norm, layer in norms.items()},
         method=method,
         per_channel=per_channel,
         scale_form=scale_form,
@@ -127,19 +130,24 @@ def _matching(patterns: Sequence[str], named: Mapping[str, nn.Module]) -> set[st
     return found
 
 
-def _followed(seen: Trace, chosen: Sequence[str]) -> dict[str, str]:
-    """For every batch normalization, the quantized layer whose width selects.
+def _followed(seen: Trace, chosen: Sequence[str], norms: Sequence[str]) -> dict[str, str]:
+    """For every batch normalization that ran, the quantized layer whose width selects.
 
     It is the layer that ran last before it in its data flow. Where that one is float, so that its statistics hardly
     depend on widths, the nearest quantized layer before it in time, or else the first: every width still has its own.
     """
-    position = {name: i for i, name in enumerate(seen.order)}
     followed = {}
-    for norm, ancestor in seen.ancestors.items():
-        at = position[ancestor] if ancestor is not None else -1
-        before = [name for name in chosen if position[name] <= at]
-        followed[norm] = before[-1] if before else chosen[0]
+    for norm in norms:
+        if norm in seen.before:
+            ancestors = seen.before[norm]
+            earlier = seen.order[: seen.order.index(ancestors[-1]) + 1] if ancestors else []
+            followed[norm] = _last(chosen, earlier) or chosen[0]
     return followed
+
+
+def _last(chosen: Sequence[str], layers: Sequence[str]) -> str | None:
+    """The last of `layers` that is to be quantized."""
+    return next((name for name in reversed(layers) if name in chosen), None)
 
 
 def _input_start(name: str, x: Tensor, widths: tuple[int, ...]) -> tuple[InputKind, Tensor, Tensor | None]:

@@ -30,28 +30,28 @@ class Trace:
     Attributes:
         order: the watched layers that ran, by name, in the order of their first call.
         inputs: for each, a sample of its inputs, float32 or wider, one dimension.
-        ancestors: for each batch normalization that ran, the watched layer that ran last before it in its data flow, or
-            None where there is none.
+        before: for each watched layer and batch normalization that ran, the watched layers that its input was computed
+            from, in the order in which they ran.
         read_elsewhere: the watched layers whose weight something else read than their own forward.
         bare_products: parameters that a product read although they belong to no watched layer, by name.
     """
 
     order: list[str] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    ancestors: dict[str, str | None] = field(default_factory=dict)
+    before: dict[str, tuple[str, ...]] = field(default_factory=dict)
     read_elsewhere: set[str] = field(default_factory=set)
     bare_products: set[str] = field(default_factory=set)
 
 
 class _Flow(TorchFunctionMode):
-    """Carries through every operation which watched layer ran last among the ancestors of a tensor."""
+    """Carries through every operation which watched layers a tensor was computed from."""
 
     def __init__(self, trace: Trace, weights: Mapping[int, set[str]], parameters: Mapping[int, str]) -> None:
         super().__init__()
         self.trace = trace
         self.weights = weights
         self.parameters = parameters
-        self.last = WeakTensorKeyDictionary()
+        self.origins = WeakTensorKeyDictionary()
         self.inside: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +61,7 @@ class _Flow(TorchFunctionMode):
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if returned:
             self._note_readers(func, given)
-            self.mark(returned, max((self.last[t] for t in given if t in self.last), default=-1))
+            self.mark(returned, frozenset().union(*(self.origins.get(t, ()) for t in given)))
         return result
 
     def _note_readers(self, func: Any, given: list[Tensor]) -> None:
@@ -72,13 +72,14 @@ class _Flow(TorchFunctionMode):
             elif not owners and func in _PRODUCTS and tensor.dim() > 1 and id(tensor) in self.parameters:
                 self.trace.bare_products.add(self.parameters[id(tensor)])
 
-    def mark(self, tensors: list[Tensor], position: int) -> None:
-        if position >= 0:
+    def mark(self, tensors: list[Tensor], origins: frozenset[int]) -> None:
+        """Add to what the tensors were computed from, positions in the order of layers."""
+        if origins:
             for tensor in tensors:
-                self.last[tensor] = position
+                self.origins[tensor] = origins.union(self.origins.get(tensor, ()))
 
-    def ancestor(self, tensor: Tensor) -> str | None:
-        return self.trace.order[self.last[tensor]] if tensor in self.last else None
+    def before(self, tensor: Tensor) -> tuple[str, ...]:
+        return tuple(self.trace.order[position] for position in sorted(self.origins.get(tensor, ())))
 
 
 def _before(module: nn.Module, call: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> RemovableHandle:
@@ -102,18 +103,20 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], watched: Mapping[st
     flow = _Flow(seen, weights, others)
 
     def before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
         if name not in seen.order:
             seen.order.append(name)
+            seen.before[name] = flow.before(x)
         flow.inside.append(name)
-        kept = sample(args[0] if args else next(iter(kwargs.values())))[0]
+        kept = sample(x)[0]
         seen.inputs[name] = torch.cat([seen.inputs[name], kept]) if name in seen.inputs else kept
 
     def after(name: str, output: Tensor) -> None:
         flow.inside.pop()
-        flow.mark([output], seen.order.index(name))
+        flow.mark([output], frozenset({seen.order.index(name)}))
 
-    def note_ancestor(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.ancestors.setdefault(name, flow.ancestor(args[0] if args else next(iter(kwargs.values()))))
+    def note_before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.before.setdefault(name, flow.before(args[0] if args else next(iter(kwargs.values()))))
 
     with ExitStack() as stack:
         for name, layer in watched.items():
@@ -121,7 +124,7 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], watched: Mapping[st
             stack.callback(layer.register_forward_hook(lambda _m, _a, out, name=name: after(name, out)).remove)
         for name, module in model.named_modules():
             if isinstance(module, BATCH_NORMS):
-                stack.callback(_before(module, partial(note_ancestor, name)).remove)
+                stack.callback(_before(module, partial(note_before, name)).remove)
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(flow)

@@ -39,7 +39,7 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], precision: Precision
 def _in_use(model: nn.Module) -> list[nn.BatchNorm2d]:
     """The batch normalizations with running statistics that a forward at the present widths visits."""
     switchable = [module for module in model.modules() if isinstance(module, SwitchableBatchNorm)]
-    inside = {norm for module in switchable for norm in module.by_width.values()}
-    found = [module.by_width[str(module.follows.width)] for module in switchable]
+    inside = {norm for module in switchable for norm in module.variants.values()}
+    found = [module.variants[module.key] for module in switchable]
     found += [module for module in model.modules() if isinstance(module, BATCH_NORMS) and module not in inside]
     return [norm for norm in found if norm.track_running_stats]  # type: ignore[misc]
