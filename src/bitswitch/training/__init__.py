@@ -11,9 +11,11 @@ from bitswitch.training.objectives import FloatObjective, JointObjective, Object
 from bitswitch.training.observe import ScaleGradients
 from bitswitch.training.optimizer import MultiPrecisionOptimizer
 from bitswitch.training.recalibrate import recalibrate
+from bitswitch.training.sampler import AssignmentSampler, Sampling, sensitive_layers
 
 __all__ = [
     "AlrsForm",
+    "AssignmentSampler",
     "Distillation",
     "Engine",
     "FloatObjective",
@@ -21,6 +23,7 @@ __all__ = [
     "Loop",
     "MultiPrecisionOptimizer",
     "Objective",
+    "Sampling",
     "ScaleGradients",
     "Score",
     "World",
@@ -31,4 +34,5 @@ __all__ = [
     "paper_eta",
     "recalibrate",
     "save_checkpoint",
+    "sensitive_layers",
 ]

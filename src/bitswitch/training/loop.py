@@ -115,8 +115,8 @@ class Loop:
         seen: list[Tensor] = []
         total = torch.zeros(len(self.objective.names), dtype=torch.float64)
         for step, (x, y) in enumerate(self.batches.epoch(epoch)):
-            factor = cosine(epoch * steps + step, self.epochs * steps)
-            seen.append(self.objective.step(x, y, factor))
+            number = epoch * steps + step
+            seen.append(self.objective.step(x, y, cosine(number, self.epochs * steps), number))
             self.on_step()
             if len(seen) == _LOOK_EVERY or step == steps - 1:
                 window = average(torch.stack(seen).double(), self.world).cpu()
@@ -130,7 +130,7 @@ class Loop:
         if len(bad):
             row, column = bad[0].tolist()
             name = self.objective.names[column]
-            where = name if name == "float" else f"{name} bits"
+            where = f"{name} bits" if name.isdecimal() else name
             kept = (
                 f"the last good checkpoint is {self.checkpoint}"
                 if self.checkpoint.exists()

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitswitch.assignment import Assignment
 from bitswitch.nn import switched
 from bitswitch.training.distillation import Distillation
 from bitswitch.training.engine import Engine
 from bitswitch.training.optimizer import MultiPrecisionOptimizer
+from bitswitch.training.sampler import AssignmentSampler
 
 Order = Literal["each", "accumulate"]
 
@@ -21,8 +23,8 @@ class Objective(Protocol):
     model: nn.Module
     names: tuple[str, ...]
 
-    def step(self, x: Tensor, y: Tensor, factor: float) -> Tensor:
-        """Train on one batch; the losses, one for each of `names`, detached. Nothing waits for the device."""
+    def step(self, x: Tensor, y: Tensor, factor: float, number: int = 0) -> Tensor:
+        """Train on one batch, the `number`-th; the losses, one for each of `names`, detached. Nothing waits for the device."""
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizers' state."""
@@ -55,7 +57,7 @@ class FloatObjective:
             model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=momentum > 0
         )
 
-    def step(self, x: Tensor, y: Tensor, factor: float) -> Tensor:
+    def step(self, x: Tensor, y: Tensor, factor: float, number: int = 0) -> Tensor:
         """One SGD step; the loss, [1]."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
@@ -81,6 +83,8 @@ class FloatObjective:
 class JointObjective:
     """Joint multi-precision training (arXiv 2502.01199, algorithm 1): every width sees every batch.
 
+    With a sampler, SuperNet training: the forwards of a step are at the assignments that it draws.
+
     Args:
         model: made by `bitswitch.quantize`.
         optimizer: for the same model.
@@ -90,6 +94,7 @@ class JointObjective:
         teacher: the float network, in eval mode, where distillation says "float".
         engine: how to compute.
         on_gradients: called with the width before every step of it, while the gradients are there.
+        sampler: draws assignments around the widths.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class JointObjective:
         teacher: nn.Module | None = None,
         engine: Engine | None = None,
         on_gradients: Callable[[int], None] | None = None,
+        sampler: AssignmentSampler | None = None,
     ) -> None:
         self.engine = engine or Engine()
         self.model = self.engine.place(model)
@@ -113,24 +119,37 @@ class JointObjective:
             raise ValueError("a float teacher is given exactly where distillation asks for one")
         self.teach = None if teacher is None else self.engine.forward_of(self.engine.place(teacher.eval()))
         self.on_gradients = on_gradients
-        self.names = tuple(str(width) for width in optimizer.widths)
+        self.sampler = sampler
+        self.names = tuple(str(width) for width in optimizer.widths) if sampler is None else sampler.names
 
-    def step(self, x: Tensor, y: Tensor, factor: float) -> Tensor:
-        """One joint step; the losses, [widths]."""
+    def step(self, x: Tensor, y: Tensor, factor: float, number: int = 0) -> Tensor:
+        """One joint step; the losses, [widths], or [forwards that the sampler draws]."""
         self.optimizer.factor = factor
         parts = list(self.engine.parts(x, y))
+        visits: list[tuple[int | None, int | Assignment]]
+        visits = [(w, w) for w in self.optimizer.widths] if self.sampler is None else [*self.sampler.draw(number)]
         taught = self._float_logits(parts)
         losses = []
-        for width in self.optimizer.widths:
-            loss, logits = self._backward(width, parts, taught)
+        for i, (width, precision) in enumerate(visits):
+            uniform = precision if isinstance(precision, int) else precision.uniform
+            first_teaches = i == 0 and self.distillation.teacher == "highest"
+            if first_teaches and uniform != self.optimizer.widths[0]:
+                taught = self._highest_logits(parts)
+            loss, logits = self._backward(precision, parts, taught)
             losses.append(loss)
-            if self.distillation.teacher == "highest" and width == self.optimizer.widths[0]:
+            if first_teaches and uniform == self.optimizer.widths[0]:
                 taught = logits
             if self.order == "each":
-                self._step(width)
+                self._step(width, mixed=uniform != width)
         if self.order == "accumulate":
             self._step(None)
         return torch.stack(losses)
+
+    @torch.no_grad()
+    def _highest_logits(self, parts: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+        """What the highest width says where no forward of the step stands at it in every layer: a forward more."""
+        with switched(self.model, self.optimizer.widths[0]):
+            return [self.forward(images) for images, _ in parts]
 
     def _float_logits(self, parts: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:
         if self.teach is None:
@@ -139,12 +158,12 @@ class JointObjective:
             return [self.teach(images) for images, _ in parts]
 
     def _backward(
-        self, width: int, parts: list[tuple[Tensor, Tensor]], taught: list[Tensor | None]
+        self, precision: int | Assignment, parts: list[tuple[Tensor, Tensor]], taught: list[Tensor | None]
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Gradients of one width on all micro-batches: the mean loss and the logits, detached."""
+        """Gradients at one precision on all micro-batches: the mean loss and the logits, detached."""
         total = parts[0][0].new_zeros(())
         all_logits: list[Tensor | None] = []
-        with switched(self.model, width):
+        with switched(self.model, precision):
             for (images, labels), teacher in zip(parts, taught, strict=True):
                 logits = self.forward(images)
                 loss = self.distillation.loss(logits, labels, teacher) / len(parts)
@@ -153,12 +172,12 @@ class JointObjective:
                 all_logits.append(logits.detach())
         return total, all_logits
 
-    def _step(self, width: int | None) -> None:
+    def _step(self, width: int | None, *, mixed: bool = False) -> None:
         self.engine.finish_gradients(self.model)
         if self.on_gradients is not None:
             for one in self.optimizer.widths if width is None else (width,):
                 self.on_gradients(one)
-        self.optimizer.step(width)
+        self.optimizer.step(width, mixed=mixed)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizers' state."""

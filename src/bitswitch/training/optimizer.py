@@ -82,12 +82,15 @@ class MultiPrecisionOptimizer:
             raise UserError(f"eta={eta!r}: give 'paper', one number, or one for each of {list(self.widths)}")
         return {width: float(eta[width]) for width in self.widths}
 
-    def step(self, width: int | None = None) -> None:
+    def step(self, width: int | None = None, *, mixed: bool = False) -> None:
         """One step from the gradients that are there, then clear them.
 
         Args:
-            width: the bit-width of the forward that gave the gradients; None where several widths' were summed: then each
-                width's own scales move at that width's rate, and the shared weight scales at the highest width's.
+            width: the bit-width of the forward that gave the gradients; None where several widths' were summed.
+            mixed: the forward stood for `width`, but some of its layers had others.
+
+        Where widths were summed or mixed, each width's own scales move at that width's rate, and the shared weight scales at
+        the rate of `width`, or of the highest.
         """
         if width is not None and width not in self.widths:
             raise UserError(f"width {width!r} is not one of {list(self.widths)}")
@@ -96,17 +99,18 @@ class MultiPrecisionOptimizer:
                 group["lr"] = self.lr * self.factor
             self._weights.step()
             self._weights.zero_grad(set_to_none=True)
-        self._step_scales(width)
+        self._step_scales(width, mixed=mixed or width is None)
 
-    def _step_scales(self, width: int | None) -> None:
+    def _step_scales(self, width: int | None, *, mixed: bool) -> None:
         present = {g["name"]: [p.grad for p in g["params"] if p.grad is not None] for g in self._scales.param_groups}
         rate = self.scale_lr * self.factor
-        if width is not None:
+        if not mixed:
+            assert width is not None
             active = [grad for name, grads in present.items() if not name.startswith("offset") for grad in grads]
             one = adapted_rate(rate, self.eta[width], active, self.alrs)
         for group in self._scales.param_groups:
-            own = self._own_width(group["name"])
-            if width is None:
+            if mixed:
+                own = self._own_width(group["name"], width)
                 group["lr"] = adapted_rate(rate, self.eta[own], present[group["name"]], self.alrs)
             else:
                 group["lr"] = one
@@ -117,8 +121,8 @@ class MultiPrecisionOptimizer:
         self._scales.step()
         self._scales.zero_grad(set_to_none=True)
 
-    def _own_width(self, name: str) -> int:
-        return self.widths[0] if name == "weights" else int(name.rpartition(" ")[2])
+    def _own_width(self, name: str, width: int | None) -> int:
+        return width or self.widths[0] if name == "weights" else int(name.rpartition(" ")[2])
 
     def _clip(self, present: Mapping[str, list[Tensor]]) -> None:
         gradients = [gradient for group in present.values() for gradient in group]

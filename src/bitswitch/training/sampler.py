@@ -1,0 +1,110 @@
+"""Which width every layer has in a step of SuperNet training (arXiv 2502.01199, section 5)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from bitswitch.assignment import Assignment
+from bitswitch.errors import UserError
+
+Sampling = Literal["hasb", "uniform", "fixed"]
+
+
+def sensitive_layers(
+    traces: Mapping[str, float], *, above: Literal["mean"] | float = "mean", cap: float = 1.0
+) -> frozenset[str]:
+    """The layers that are to be drawn at high widths more often.
+
+    Args:
+        traces: of the Hessian, for each quantized layer.
+        above: "mean" takes the layers whose trace is at least the mean over layers (arXiv 2502.01199, section 5); a number
+            in [0, 1] those whose trace is at least that quantile.
+        cap: at most this share of all layers, those of the greatest traces.
+
+    Raises:
+        UserError: there are no traces, or one is not finite.
+
+    >>> sorted(sensitive_layers({"a": 1.0, "b": 9.0, "c": 8.0, "d": 2.0}))
+    ['b', 'c']
+    >>> sorted(sensitive_layers({"a": 1.0, "b": 9.0, "c": 8.0, "d": 2.0}, cap=0.25))
+    ['b']
+    """
+    values = np.array(list(traces.values()), dtype=np.float64)
+    if not len(values) or not np.isfinite(values).all():
+        raise UserError(
+            "sensitive layers cannot be told: a trace is missing or not finite; do the sensitivity stage again"
+        )
+    threshold = values.mean() if above == "mean" else np.quantile(values, above)
+    ranked = sorted(traces, key=lambda name: -traces[name])
+    return frozenset(name for name in ranked[: int(cap * len(ranked))] if traces[name] >= threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssignmentSampler:
+    """Draws the assignments of a step, the same on every rank and in a resumed run.
+
+    With sigma_e = sigma (e + 1) / E in epoch e of E, a forward that stands for width b leaves every layer at b with
+    probability 1 - sigma_e, and else draws its width: a sensitive layer takes width b_i with probability b_i / sum(widths),
+    any other layer each width equally often (arXiv 2502.01199, section 5).
+
+    Attributes:
+        layers: quantized layers, in the order of the network.
+        widths: candidate widths, highest first.
+        sensitive: layers that are drawn at high widths more often.
+        sampling: "hasb"; "uniform" draws every layer as one that is not sensitive (Bit-Mixer); "fixed" draws none.
+        sigma: the share of layers that are drawn in the last epoch, in [0, 1].
+        sandwich: instead of a forward for each width, three: all layers at the highest, all drawn, all at the lowest.
+        seed: of the draws.
+        steps: in an epoch.
+        epochs: E.
+    """
+
+    layers: tuple[str, ...]
+    widths: tuple[int, ...]
+    sensitive: frozenset[str]
+    sampling: Sampling
+    sigma: float
+    sandwich: bool
+    seed: int
+    steps: int
+    epochs: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the forwards of a step stand for."""
+        return ("highest", "random", "lowest") if self.sandwich else tuple(map(str, self.widths))
+
+    def draw(self, step: int) -> list[tuple[int | None, Assignment]]:
+        """For every forward of a step, the width that it stands for (None: no one's) and its assignment.
+
+        Args:
+            step: counted from the beginning of training.
+        """
+        bases: Sequence[int | None] = (self.widths[0], None, self.widths[-1]) if self.sandwich else self.widths
+        rows = len(bases)
+        # A layer's numbers depend on the seed, the step and its place alone.
+        chance = np.random.default_rng((self.seed, step)).random((rows, 2, len(self.layers)))
+        sigma = 0.0 if self.sampling == "fixed" else self.sigma * (step // self.steps + 1) / self.epochs
+        drawn = self._roulette(chance[:, 1])
+        found = []
+        for base, share, row in zip(bases, chance[:, 0], drawn, strict=True):
+            if base is None:
+                taken = row
+            elif self.sandwich:
+                taken = np.full_like(row, base)
+            else:
+                taken = np.where(share < sigma, row, base)
+            found.append((base, Assignment(tuple(zip(self.layers, taken.tolist(), strict=True)))))
+        return found
+
+    def _roulette(self, chance: np.ndarray) -> np.ndarray:
+        """Widths from numbers in [0, 1), the last axis over layers."""
+        even = np.full(len(self.widths), 1 / len(self.widths))
+        wide = np.array(self.widths) / sum(self.widths)
+        aware = self.sampling == "hasb"
+        edges = np.stack([np.cumsum(wide if aware and name in self.sensitive else even) for name in self.layers])
+        # The last edge is 1 but for rounding.
+        index = (chance[..., None] >= edges[:, :-1]).sum(-1)
+        return np.array(self.widths)[index]
