@@ -1,6 +1,7 @@
 """The command line: parse, call, print, exit."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -90,7 +91,7 @@ def _emit(document: dict[str, Any], as_json: bool, show: Callable[[], None]) -> 
 
 
 def _stages(
-    stages: Sequence[str],
+    stages: Sequence[str] | None,
     recipe: str,
     overrides: list[str] | None,
     as_json: bool,
@@ -100,11 +101,12 @@ def _stages(
     fresh: bool,
     tensorboard: bool,
 ) -> None:
-    """Do stages, and show what they reached."""
+    """Do stages (all that the recipe asks for where None), and show what they reached."""
     if tensorboard:
         require("tensorboard", "tensorboard")
     config = load_recipe(recipe, overrides or [], seed=seed)
     name = Path(recipe).stem
+    stages = pipeline.stages_of(config) if stages is None else stages
     with _ranks(device) as (world, place):
         run = pipeline.Run(
             name=name,
@@ -118,9 +120,8 @@ def _stages(
         records = pipeline.execute(run, stages, fresh=fresh)
     if not world.first:
         return
-    document = _run_document(
-        run, {stage: records[stage] for stage in records if stage in stages or stage == "pretrain"}
-    )
+    shown = {stage: record for stage, record in records.items() if stage in stages or stage == "pretrain"}
+    document = _run_document(run, shown)
     _emit(document, as_json, lambda: _show_run(document))
 
 
@@ -137,17 +138,19 @@ def _ranks(device: str) -> Iterator[tuple[distributed.World, torch.device]]:
 
 def _run_document(run: pipeline.Run, records: dict[str, Any]) -> dict[str, Any]:
     rows = []
-    for record in records.values():
-        for bits, score in record["result"].items():
-            rows.append({"bits": None if bits == "float" else int(bits), "split": "test", **score})
-    made = "train" in records and run.directory.artifact.name in records["train"]["outputs"]
-    file = run.directory.artifact if made else None
-    return {
-        "results": rows,
-        "run": str(run.directory.path),
-        "artifact": None if file is None else str(file),
-        "bytes": None if file is None else file.stat().st_size,
-    }
+    for stage in ("pretrain", "train", "supernet"):
+        for bits, score in records.get(stage, {"result": {}})["result"].items():
+            rows.append({"stage": stage, "bits": None if bits == "float" else int(bits), "split": "test", **score})
+    document: dict[str, Any] = {"results": rows, "run": str(run.directory.path), "artifact": None, "bytes": None}
+    if run.directory.artifact.name in records.get("train", {"outputs": ()})["outputs"]:
+        document |= {"artifact": str(run.directory.artifact), "bytes": run.directory.artifact.stat().st_size}
+    if "supernet" in records:
+        document["supernet"] = str(run.directory.supernet)
+    if "sensitivity" in records:
+        document["sensitivity"] = files.read_json(run.directory.sensitivity)
+    if "search" in records:
+        document["frontier"] = files.read_json(run.directory.frontier)
+    return document
 
 
 def _score_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
@@ -155,17 +158,65 @@ def _score_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     for column in ("precision", "top-1 %", "95 % interval", "top-5 %", "loss", "images"):
         table.add_column(column, justify="right")
     for row in rows:
-        name = "float" if row["bits"] is None else f"{row['bits']} bits"
         interval = "{:.2f} - {:.2f}".format(*row["top1_interval"])
         numbers = (f"{row['top1']:.2f}", interval, f"{row['top5']:.2f}", f"{row['loss']:.4f}")
-        table.add_row(name, *numbers, str(row["images"]))
+        table.add_row(_precision(row), *numbers, str(row["images"]))
     return table
 
 
+def _precision(row: dict[str, Any]) -> str:
+    if row.get("choice") is not None:
+        best = " *" if row["non_dominated"] else ""
+        return f"#{row['choice']}: {row['cost']['bits']:.2f} bits on average{best}"
+    if row.get("assignment") is not None:
+        return "mixed"
+    return "float" if row["bits"] is None else f"{row['bits']} bits"
+
+
 def _show_run(document: dict[str, Any]) -> None:
-    output.print(_score_table(f"{document['run']}, on test", document["results"]))
+    for stage, title in (("", "multi-precision"), ("supernet", "SuperNet")):
+        rows = [row for row in document["results"] if (row["stage"] == "supernet") == bool(stage)]
+        if rows:
+            output.print(_score_table(f"{document['run']}, {title}, on test", rows))
+    if "sensitivity" in document:
+        output.print(_trace_table(document["sensitivity"]))
+    if "frontier" in document:
+        output.print(_frontier_table(document["frontier"]))
     if document["artifact"]:
         output.print(f"{document['artifact']}: {document['bytes']:,} bytes, every width in it", markup=False)
+    if "supernet" in document:
+        output.print(f"{document['supernet']}: every mixture of widths in it", markup=False)
+
+
+def _trace_table(document: dict[str, Any]) -> Table:
+    table = Table(
+        title=f"Hessian traces, {document['images']} training images, {document['probes']} probes", title_justify="left"
+    )
+    for column in ("layer", "weights", "trace", "standard error"):
+        table.add_column(column, justify="left" if column == "layer" else "right")
+    for name, row in document["layers"].items():
+        table.add_row(name, f"{row['weights']:,}", f"{row['trace']:.4g}", f"{row['standard_error']:.2g}")
+    return table
+
+
+def _frontier_table(document: dict[str, Any]) -> Table:
+    table = Table(title=f"SubNets of the SuperNet, on {document['split']}", title_justify="left")
+    units = {"bits": 1, "bytes": 1e3, "bitops": 1e6, "latency": 1}
+    heads = {"bits": "average bits", "bytes": "kB", "bitops": "MBitOPs", "latency": "latency"}
+    costs = [name for name in document["choices"][0]["cost"] if name in units]
+    for column in ("", *(heads[name] for name in costs), "damage", "top-1 %", "widths in the order of layers"):
+        table.add_column(column, justify="left" if column.startswith("widths") else "right")
+    for i, choice in enumerate(document["choices"]):
+        numbers = [f"{choice['cost'][name] / units[name]:,.2f}" for name in costs]
+        top1 = "" if choice["top1"] is None else f"{choice['top1']:.2f}"
+        table.add_row(f"#{i}", *numbers, f"{choice['damage']:.3g}", top1, _runs(list(choice["assignment"].values())))
+    return table
+
+
+def _runs(widths: Sequence[int]) -> str:
+    """Widths layer by layer, equal neighbours together: "8 4x3 2" reads 8, three times 4, 2."""
+    groups = [(width, len(list(same))) for width, same in itertools.groupby(widths)]
+    return " ".join(str(width) if count == 1 else f"{width}x{count}" for width, count in groups)
 
 
 @app.command()
@@ -180,7 +231,7 @@ def run(
     tensorboard: TensorBoard = False,
 ) -> None:
     """Every stage of a recipe in order; takes up where it stopped."""
-    _stages(pipeline.STAGES, recipe, overrides, json_, device, seed, out, fresh, tensorboard)
+    _stages(None, recipe, overrides, json_, device, seed, out, fresh, tensorboard)
 
 
 @app.command()
@@ -211,6 +262,51 @@ def train(
 ) -> None:
     """Train all bit-widths together, from the float network, and write the artifact."""
     _stages(["train"], recipe, overrides, json_, device, seed, out, fresh, tensorboard)
+
+
+@app.command()
+def sensitivity(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Traces of the float network's Hessian, layer by layer."""
+    _stages(["sensitivity"], recipe, overrides, json_, device, seed, out, fresh, tensorboard)
+
+
+@app.command()
+def supernet(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Train the SuperNet, from the multi-precision network."""
+    _stages(["supernet"], recipe, overrides, json_, device, seed, out, fresh, tensorboard)
+
+
+@app.command()
+def search(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Out = None,
+    fresh: Fresh = False,
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Find the best SubNets for a range of budgets."""
+    _stages(["search"], recipe, overrides, json_, device, seed, out, fresh, tensorboard)
 
 
 @app.command()

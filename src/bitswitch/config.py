@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -68,12 +68,10 @@ class DistillationPart(_Part):
     weight: float = Field(0.5, ge=0, le=1)
 
 
-class TrainPart(EnginePart):
-    """Joint multi-precision training: two Adams, cosine schedule, ALRS."""
+class QuantizedPart(EnginePart):
+    """What joint and SuperNet training share: two Adams, cosine schedule, ALRS, distillation."""
 
-    method: Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer"] = "double_rounding"
     distillation: DistillationPart = DistillationPart()
-
     epochs: int = Field(200, ge=1)
     batch_size: int = Field(128, ge=1)
     lr: float = Field(5e-4, gt=0, le=1e30)
@@ -83,6 +81,18 @@ class TrainPart(EnginePart):
     alrs: Literal["relative", "printed", "off"] = "relative"
     eta: Literal["paper"] | float | dict[int, float] = 1.0
     clip: float = Field(1.0, gt=0)
+
+    @field_validator("alrs", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        # YAML reads a bare `off` as false.
+        return "off" if value is False else value
+
+
+class TrainPart(QuantizedPart):
+    """Joint multi-precision training, from the float network."""
+
+    method: Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer"] = "double_rounding"
     scale_form: Literal["raw", "log"] = "log"
     per_channel: bool = False
     lsq_factor: bool = True
@@ -90,11 +100,53 @@ class TrainPart(EnginePart):
     calibration_images: int = Field(512, ge=1)
     record_scale_gradients: bool = False
 
-    @field_validator("alrs", mode="before")
+
+class SensitivityPart(_Part):
+    """Hessian traces of the float network on training images; see `bitswitch.hessian_trace`."""
+
+    images: int = Field(1000, ge=1)
+    batch_size: int = Field(128, ge=1)
+    target: float = Field(0.1, gt=0)
+    most_probes: int = Field(200, ge=2)
+
+
+class SupernetPart(QuantizedPart):
+    """SuperNet training, from the multi-precision network; see `bitswitch.training.AssignmentSampler`.
+
+    `sensitive` is "mean" or a quantile; `watched` random mixtures are scored on val after every epoch."""
+
+    sampler: Literal["hasb", "uniform", "fixed"] = "hasb"
+    sigma: float = Field(0.5, ge=0, le=1)
+    sandwich: bool = False
+    sensitive: Literal["mean"] | float = "mean"
+    cap: float = Field(1.0, gt=0, le=1)
+    batch_norm: Literal["transitional", "switchable"] = "transitional"
+    watched: int = Field(4, ge=0)
+
+    @field_validator("sensitive")
     @classmethod
-    def _off(cls, value: Any) -> Any:
-        # YAML reads a bare `off` as false.
-        return "off" if value is False else value
+    def _quantile(cls, value: Any) -> Any:
+        if value != "mean" and not 0 <= value <= 1:
+            raise ValueError("use mean, or a quantile from 0 to 1")
+        return value
+
+
+class SearchPart(_Part):
+    """The programme; see `bitswitch.search`.
+
+    Budgets are those listed (a number: the average bits; {cost: most}: any costs at once), or else `points` of them, evenly
+    from the least to the greatest sum of the cost `budget`. Choices are scored on `val_images` of val."""
+
+    damage: Literal["hessian", "linear", "accuracy"] = "hessian"
+    budget: str = "bits"
+    points: int = Field(16, ge=1)
+    budgets: tuple[float | dict[str, float], ...] | None = None
+    tied: tuple[tuple[str, ...], ...] = ()
+    tie_shared_inputs: bool = False
+    latency: str | None = None
+    alternatives: bool = False
+    genetic_evaluations: int = Field(0, ge=0)
+    val_images: int = Field(10_000, ge=0)
 
 
 class Recipe(_Part):
@@ -106,6 +158,9 @@ class Recipe(_Part):
     data: DataPart
     pretrain: PretrainPart = PretrainPart()
     train: TrainPart = TrainPart()
+    sensitivity: SensitivityPart = SensitivityPart()
+    supernet: SupernetPart | None = None
+    search: SearchPart = SearchPart()
 
     @field_validator("bits", mode="before")
     @classmethod
@@ -227,5 +282,7 @@ def _first(error: ValidationError, value: Any) -> str:
 def _known_keys(location: Sequence[str]) -> list[str]:
     part: Any = Recipe
     for name in location:
-        part = part.model_fields[name].annotation
+        annotation = part.model_fields[name].annotation
+        # A part that may be left out is a union with None.
+        part = next((one for one in get_args(annotation) if hasattr(one, "model_fields")), annotation)
     return list(part.model_fields)

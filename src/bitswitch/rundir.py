@@ -17,7 +17,11 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
-_OWN = ("config.yaml", "metrics.jsonl", "stages.json", "scale_gradients.jsonl", "model.safetensors")
+_OWN = (
+    *("config.yaml", "metrics.jsonl", "stages.json", "scale_gradients.jsonl", "sensitivity.json", "frontier.json"),
+    *("model.safetensors", "supernet.safetensors"),
+)
+_CHECKPOINTS = ("pretrain", "train", "supernet")
 _RECORD = {"done", "config", "inputs", "outputs", "result"}
 
 
@@ -31,6 +35,21 @@ class RunDirectory:
     def artifact(self) -> Path:
         """The multi-precision artifact."""
         return self.path / "model.safetensors"
+
+    @property
+    def supernet(self) -> Path:
+        """The SuperNet's artifact, with its frontier."""
+        return self.path / "supernet.safetensors"
+
+    @property
+    def sensitivity(self) -> Path:
+        """Traces of the float network."""
+        return self.path / "sensitivity.json"
+
+    @property
+    def frontier(self) -> Path:
+        """The choices of the search."""
+        return self.path / "frontier.json"
 
     def checkpoint(self, stage: str) -> Path:
         """The checkpoint of a stage."""
@@ -66,7 +85,7 @@ class RunDirectory:
                     raise UserError(
                         f"another bitswitch works in {self.path}: wait for it, or use another --out"
                     ) from error
-            for name in (*_OWN, "checkpoints/pretrain.pt", "checkpoints/train.pt"):
+            for name in (*_OWN, *(f"checkpoints/{stage}.pt" for stage in _CHECKPOINTS)):
                 own = self.path / name
                 for left in own.parent.glob(f".{own.name}.????????{files.TEMPORARY_SUFFIX}"):
                     left.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ def test_micro_batches_are_the_whole_batch(quantized, images, parts):
         objective.on_gradients = lambda width, model=model, kept=kept: kept.update(
             {(width, n): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         )
-        objective.optimizer.step = lambda width, model=model: model.zero_grad()
+        objective.optimizer.step = lambda width, mixed, model=model: model.zero_grad()
         losses = objective.step(images, LABELS, 1.0)
         found.append((losses, kept))
     (one, a), (many, b) = found

@@ -1,13 +1,17 @@
-"""Costs of a layer, and of a network at an assignment."""
+"""Costs of layers at each width: what a choice of widths is budgeted by."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitswitch import files
+from bitswitch.errors import UserError
 from bitswitch.nn import QuantizedLayer, evaluating, quantized_layers
+from bitswitch.search.programme import Table, check_table
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,122 @@ def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
     return {name: LayerCost(layer.stored_shape.numel(), macs[name]) for name, layer in layers.items()}
 
 
+@torch.no_grad()
+def shared_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[list[str]]:
+    """Groups of quantized layers that read one and the same tensor, such as a block's first convolution and its shortcut's.
+
+    Args:
+        model: made by `bitswitch.quantize`, or loaded.
+        example_inputs: what the model is called with.
+
+    Returns:
+        Groups of two layers or more, in the order of definition.
+    """
+    layers = quantized_layers(model)
+    # The tensors are held, so that no two have one identity.
+    readers: dict[int, tuple[Tensor, list[str]]] = {}
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _module, args, name=name: readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
+        )
+        for name, layer in layers.items()
+    ]
+    try:
+        with evaluating(model):
+            model(*example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups = [[name for name in layers if name in names] for _, names in readers.values()]
+    return [group for group in groups if len(group) > 1]
+
+
 def bitops(costs: Mapping[str, LayerCost], widths: Mapping[str, int]) -> int:
     """Bit operations for one image: the sum over layers of weight bits x activation bits x MACs.
 
     The first and the last layer, which stay float, are not counted.
     """
     return sum(cost.macs * widths[name] ** 2 for name, cost in costs.items())
+
+
+def cost_tables(
+    model: nn.Module, example_inputs: tuple[Any, ...] | None = None, latency: Table | None = None
+) -> dict[str, Table]:
+    """Additive cost tables {cost: {layer: {width: number}}} of a quantized network.
+
+    Args:
+        model: made by `bitswitch.quantize`, or loaded.
+        example_inputs: what the model is called with, for "bitops"; that cost is left out where None.
+        latency: {layer: {width: time}}, measured; left out where None.
+
+    Returns:
+        "bits": the average width over layers, as in the paper; "weight_bits": the average over weights; "bytes": of the
+        narrowed model, codes packed at their widths and every layer's padded to a byte, everything else 4 bytes a number;
+        "bitops": weight bits x activation bits x MACs for one image; "latency": as given.
+
+    Raises:
+        UserError: the latency table lacks a layer or width, or holds what is no time.
+    """
+    layers = quantized_layers(model)
+    widths = {name: layer.widths for name, layer in layers.items()}
+    counts = {name: layer.stored_shape.numel() for name, layer in layers.items()}
+    total = sum(counts.values())
+    # What does not depend on widths is counted once, with the first layer.
+    rest = dict.fromkeys(layers, 0) | {next(iter(layers)): 4 * _numbers_besides(model, total)}
+    tables: dict[str, Table] = {
+        "bits": {name: {w: w / len(layers) for w in widths[name]} for name in layers},
+        "weight_bits": {name: {w: w * counts[name] / total for w in widths[name]} for name in layers},
+        "bytes": {name: {w: -(-counts[name] * w // 8) + rest[name] for w in widths[name]} for name in layers},
+    }
+    if example_inputs is not None:
+        macs = layer_costs(model, example_inputs)
+        tables["bitops"] = {name: {w: macs[name].macs * w * w for w in widths[name]} for name in layers}
+    if latency is not None:
+        reference = {name: dict.fromkeys(widths[name], 0.0) for name in layers}
+        check_table("latency", latency, reference)
+        if any(latency[name][w] < 0 for name in layers for w in widths[name]):
+            raise UserError("table 'latency' holds a time below 0")
+        tables["latency"] = {name: {w: float(latency[name][w]) for w in widths[name]} for name in layers}
+    return tables
+
+
+def _numbers_besides(model: nn.Module, quantized: int) -> int:
+    """How many numbers the model holds besides the quantized weights."""
+    state = model.state_dict(keep_vars=True)
+    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in state.values()}.values()) - quantized
+
+
+def read_latency(path: str | Path) -> dict[str, dict[int, float]]:
+    """A latency table from a JSON file: {"layers": {layer: {"8": time, ...}}}, or that inside {"latency": ...}.
+
+    Raises:
+        UserError: it cannot be read, or is not of that form.
+    """
+    found = files.read_json(path)
+    try:
+        found = found.get("latency", found)["layers"]
+        return {name: {int(width): float(time) for width, time in row.items()} for name, row in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f'latency table {path} is not of the form {{"layers": {{"name": {{"8": time, ...}}}}}} ({error!r})'
+        ) from error
+
+
+def budgets_between(tables: Mapping[str, Table], cost: str, points: int) -> list[dict[str, float]]:
+    """`points` budgets for one cost, evenly from the least to the greatest sum.
+
+    Raises:
+        UserError: there is no such cost.
+    """
+    if cost not in tables:
+        raise UserError(f"no cost is named {cost!r}; there are {', '.join(tables)}")
+    rows = [row.values() for row in tables[cost].values()]
+    least, greatest = sum(map(min, rows)), sum(map(max, rows))
+    if points == 1:
+        return [{cost: greatest}]
+    return [{cost: least + (greatest - least) * i / (points - 1)} for i in range(points)]
+
+
+def as_budgets(budgets: Sequence[float | Mapping[str, float]]) -> list[dict[str, float]]:
+    """Budgets as mappings: a bare number is the average width."""
+    return [dict(one) if isinstance(one, Mapping) else {"bits": float(one)} for one in budgets]

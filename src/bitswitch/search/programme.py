@@ -51,7 +51,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         for name, table in {"damage": self.damage, **self.costs}.items():
-            _check_table(name, table, self.damage)
+            check_table(name, table, self.damage)
         for layer in (layer for group in self.tied for layer in group):
             if layer not in self.damage:
                 raise UserError(f"tied layers: no layer is named {layer!r}{nearest(layer, self.damage)}")
@@ -81,7 +81,7 @@ class Problem:
                 raise UserError(
                     f"no cost is named {name!r}{nearest(name, self.costs)}; there are {', '.join(self.costs)}"
                 )
-        groups = self._groups()
+        groups = self.groups()
         options = [
             (group, width)
             for group in groups
@@ -99,7 +99,7 @@ class Problem:
                 return choice
             excluded.append(picked)
 
-    def _groups(self) -> list[tuple[str, ...]]:
+    def groups(self) -> list[tuple[str, ...]]:
         """Layers that share a width, groups that overlap joined, in the order of the layers."""
         owner = {layer: {layer} for layer in self.damage}
         for group in self.tied:
@@ -155,7 +155,7 @@ class Problem:
                     sum(table[layer][width] for layer in group)
                     for width in set.intersection(*(set(table[one]) for one in group))
                 ]
-                for group in self._groups()
+                for group in self.groups()
             ]
             least, greatest = sum(map(min, sums)), sum(map(max, sums))
             parts.append(f"{name} <= {budget:g} (it can be from {least:g} to {greatest:g})")
@@ -209,7 +209,12 @@ def alternatives(problem: Problem, budgets: Mapping[str, float]) -> list[Choice]
     return [best, *sorted((c for c in found.values() if c is not best), key=lambda choice: choice.damage)]
 
 
-def _check_table(name: str, table: Table, layers: Table) -> None:
+def check_table(name: str, table: Table, layers: Table) -> None:
+    """Refuse a table that lacks a layer or a width of `layers`, has others, or holds what is not finite.
+
+    Raises:
+        UserError: it does.
+    """
     if not table:
         raise UserError(f"table {name!r} holds no layers")
     for layer, widths in layers.items():

@@ -74,7 +74,8 @@ class AssignmentSampler:
     @property
     def names(self) -> tuple[str, ...]:
         """What the forwards of a step stand for."""
-        return ("highest", "random", "lowest") if self.sandwich else tuple(map(str, self.widths))
+        ends = (str(self.widths[0]), "random", str(self.widths[-1]))
+        return ends if self.sandwich else tuple(map(str, self.widths))
 
     def draw(self, step: int) -> list[tuple[int | None, Assignment]]:
         """For every forward of a step, the width that it stands for (None: no one's) and its assignment.

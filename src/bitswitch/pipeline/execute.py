@@ -1,0 +1,275 @@
+"""Which stages are done, which can be taken up, and doing them in order."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitswitch import files
+from bitswitch.config import Recipe, to_yaml
+from bitswitch.data import DataSet
+from bitswitch.errors import UserError
+from bitswitch.models import load_weights
+from bitswitch.pipeline import subnets, training
+from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, build_network, open_data, quantized
+from bitswitch.rundir import RunDirectory, changes
+from bitswitch.training.distributed import barrier, from_first
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """A stage.
+
+    Attributes:
+        work: does it; returns its result, plain JSON values, and the files that it made.
+        config: the parts of the recipe that its result depends on.
+        after: the stages whose product it reads.
+        product: what stages after it read.
+        part: of the recipe that must be there.
+    """
+
+    work: Callable[[Run, DataSet], tuple[dict[str, Any], list[Path]]]
+    config: tuple[str, ...]
+    after: tuple[str, ...]
+    product: Callable[[RunDirectory], Path]
+    part: str
+
+
+def _checkpoint(stage: str) -> Callable[[RunDirectory], Path]:
+    return lambda directory: directory.checkpoint(stage)
+
+
+_STAGES = {
+    "pretrain": _Stage(
+        work=training.pretrain,
+        config=("seed", "model", "data", "pretrain"),
+        after=(),
+        product=_checkpoint("pretrain"),
+        part="pretrain",
+    ),
+    "train": _Stage(
+        work=training.train,
+        config=("seed", "bits", "model", "data", "train"),
+        after=("pretrain",),
+        product=_checkpoint("train"),
+        part="train",
+    ),
+    "sensitivity": _Stage(
+        work=subnets.sensitivity,
+        config=("seed", "model", "data", "sensitivity"),
+        after=("pretrain",),
+        product=lambda directory: directory.sensitivity,
+        part="sensitivity",
+    ),
+    "supernet": _Stage(
+        work=training.supernet,
+        config=("seed", "bits", "model", "data", "supernet"),
+        after=("train", "sensitivity"),
+        product=_checkpoint("supernet"),
+        part="supernet",
+    ),
+    "search": _Stage(
+        work=subnets.search,
+        config=("seed", "bits", "model", "data", "search"),
+        after=("supernet", "sensitivity"),
+        product=lambda directory: directory.frontier,
+        # Its SubNets are the SuperNet's.
+        part="supernet",
+    ),
+}
+STAGES = tuple(_STAGES)
+
+
+def stages_of(recipe: Recipe) -> tuple[str, ...]:
+    """The stages that a recipe asks for: those of mixed precision only where it has a supernet part."""
+    return STAGES if recipe.supernet is not None else ("pretrain", "train")
+
+
+def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str, Any]:
+    """Do the stages that are not done yet, in order.
+
+    Args:
+        run: configuration, directory, device.
+        stages: of `STAGES`, in their order.
+        fresh: do these stages again whatever is there.
+
+    Returns:
+        {stage: its record}.
+
+    Raises:
+        UserError: a stage before these is not done; the configuration or an input has changed since a stage was made.
+    """
+    if not run.world.first:
+        # The first rank decodes and fills the cache.
+        barrier()
+    data = open_data(run.recipe)
+    if run.world.first:
+        barrier()
+    with run.directory.locked() if run.world.first else nullcontext():
+        if run.world.first:
+            _prepare(run, data, stages, fresh)
+        for stage in stages:
+            _do(run, data, stage)
+        return run.directory.records()
+
+
+def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> None:
+    """Refuse what cannot be done before anything is changed; then note what is asked for."""
+    if strangers := run.directory.strangers():
+        raise UserError(
+            f"{run.directory.path} holds {strangers[0]} but no record of a run (stages.json): use an empty or new --out"
+        )
+    _check_parts(run, stages)
+    records = {} if fresh and tuple(stages) == stages_of(run.recipe) else run.directory.records()
+    forgotten = set(stages) if fresh else set()
+    records = {stage: record for stage, record in records.items() if stage not in forgotten}
+    for stage in _needed(stages):
+        _check_same(run, data, stage, records)
+        if stage not in stages and not _is_done(run, records.get(stage)):
+            raise UserError(f"stage {stage} is not done in {run.directory.path}: bitswitch {stage} {run.name} does it")
+    if not _is_done(run, records.get("pretrain")):
+        _check_network(run, data, quantizable="train" in stages)
+    if "search" in stages:
+        subnets.check(run, data)
+    run.directory.write_records(records)
+    files.write(run.directory.path / "config.yaml", to_yaml(run.recipe).encode())
+
+
+def _check_parts(run: Run, stages: Sequence[str]) -> None:
+    for stage in stages:
+        if getattr(run.recipe, _STAGES[stage].part) is None:
+            raise UserError(
+                f"recipe {run.name} has no part supernet: give it one, or say {stage} {run.name} supernet.epochs=N"
+            )
+    if run.recipe.train.method != "double_rounding" and run.recipe.supernet is not None:
+        raise UserError(
+            f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet: say supernet=null with it"
+        )
+
+
+def _needed(stages: Sequence[str]) -> list[str]:
+    """These stages and all whose products they read, in order."""
+    wanted = set(stages)
+    for name in reversed(STAGES):
+        if name in wanted:
+            wanted |= set(_STAGES[name].after)
+    return [name for name in STAGES if name in wanted]
+
+
+def _check_network(run: Run, data: DataSet, *, quantizable: bool) -> None:
+    """Refuse a network that does not fit the data, or cannot be quantized, before hours are spent on it."""
+    network, images = build_network(run.recipe, data).eval(), data.sample(2)
+    if run.recipe.pretrain.checkpoint:
+        load_weights(network, run.recipe.pretrain.checkpoint)
+    try:
+        with torch.no_grad():
+            logits = network(images)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{run.recipe.model.name} cannot take images of {list(images.shape[1:])}: {reason}") from error
+    if logits.dim() != 2 or logits.shape[1] != len(data.classes):
+        raise UserError(
+            f"{run.recipe.model.name} gives {list(logits.shape[1:])} outputs for an image, {data.name} has "
+            f"{len(data.classes)} classes: set the number of classes in model.args"
+        )
+    if quantizable:
+        quantized(run, data, network, images=2)
+
+
+def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """The part of the configuration that a stage's result depends on."""
+    # A starting checkpoint and a latency table count by their content, among the inputs.
+    elsewhere: dict[str, Any] = {"data": set(NOT_OF_THE_RESULT), "pretrain": {"checkpoint"}, "search": {"latency"}}
+    whole = recipe.model_dump(mode="json", exclude=elsewhere | {"train": {"record_scale_gradients"}})
+    return {key: whole[key] for key in _STAGES[stage].config}
+
+
+def _inputs(run: Run, data: DataSet, stage: str) -> dict[str, str]:
+    """Digests of what a stage reads."""
+    inputs = {"data": data.fingerprint()}
+    for before in _STAGES[stage].after:
+        product = _STAGES[before].product(run.directory)
+        if product.exists():
+            inputs[before] = files.file_digest(product)
+    named = {
+        "pretrain": ("checkpoint", run.recipe.pretrain.checkpoint),
+        "search": ("latency", run.recipe.search.latency),
+    }
+    key, given = named.get(stage, ("", None))
+    if given is not None:
+        if not Path(given).is_file():
+            raise UserError(f"{stage}.{key}={given}: there is no such file")
+        inputs[key] = files.file_digest(Path(given))
+    return inputs
+
+
+def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any]) -> None:
+    """Refuse where a stage, done or begun, was made from something else than is asked for now."""
+    record = records.get(stage)
+    if record is None:
+        return
+    found = changes(record["config"], _config(run.recipe, stage))
+    if record["inputs"]["data"] != data.fingerprint():
+        found.append("the data are others")
+    if found:
+        raise UserError(
+            f"{run.directory.path} holds a {stage} stage made otherwise ({'; '.join(found)}): "
+            f"do it again with --fresh, or use another --out"
+        )
+
+
+def _is_done(run: Run, record: Mapping[str, Any] | None) -> bool:
+    if record is None or not record["done"]:
+        return False
+    return all((run.directory.path / name).exists() for name in record["outputs"])
+
+
+def _do(run: Run, data: DataSet, stage: str) -> None:
+    """Do one stage, take it up where it was left, or skip it."""
+    begun = _begin(run, data, stage) if run.world.first else None
+    if not from_first(begun is not None, run.world):
+        return
+    torch.manual_seed(run.recipe.seed)
+    try:
+        result, outputs = _STAGES[stage].work(run, data)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{run.device} is out of memory in stage {stage}: {_less_memory(run.recipe, stage)}") from error
+    if begun is not None:
+        digests = {str(path.relative_to(run.directory.path)): files.file_digest(path) for path in outputs}
+        run.directory.record(stage, begun | {"done": True, "outputs": digests, "result": result})
+    barrier()
+
+
+def _less_memory(recipe: Recipe, stage: str) -> str:
+    part = getattr(recipe, stage)
+    if hasattr(part, "micro_batches"):
+        return (
+            f"raise {stage}.micro_batches (now {part.micro_batches}), lower {stage}.batch_size, or set "
+            f"{stage}.precision=bfloat16"
+        )
+    return f"lower {stage}.batch_size" if hasattr(part, "batch_size") else "use another --device"
+
+
+def _begin(run: Run, data: DataSet, stage: str) -> dict[str, Any] | None:
+    """Note that a stage is begun, and return its record; None where it is done."""
+    record = run.directory.records().get(stage)
+    inputs = _inputs(run, data, stage)
+    if record is None:
+        _STAGES[stage].product(run.directory).unlink(missing_ok=True)
+    elif record["inputs"] != inputs:
+        raise UserError(
+            f"{run.directory.path}: the {stage} stage was made from other inputs than are there now "
+            f"({'; '.join(changes(record['inputs'], inputs))}): do it again with bitswitch {stage} {run.name} --fresh"
+        )
+    elif _is_done(run, record):
+        for name, digest in record["outputs"].items():
+            if files.file_digest(run.directory.path / name) != digest:
+                raise UserError(f"{run.directory.path / name} was changed since it was made: do {stage} --fresh")
+        run.reporter.note(f"{stage}: done before, skipped")
+        return None
+    begun = {"done": False, "config": _config(run.recipe, stage), "inputs": inputs, "outputs": {}, "result": None}
+    run.directory.record(stage, begun)
+    return begun

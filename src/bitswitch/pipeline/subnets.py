@@ -1,0 +1,203 @@
+"""The stages of mixed precision: sensitivity and search."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitswitch import files
+from bitswitch import search as room
+from bitswitch.assignment import Assignment
+from bitswitch.config import SearchPart
+from bitswitch.data import DataSet
+from bitswitch.errors import UserError
+from bitswitch.nn import quantized_layers
+from bitswitch.nn.plan import replace_attention
+from bitswitch.pipeline.run import Run, float_network, from_checkpoint
+from bitswitch.pipeline.saving import save_artifact
+from bitswitch.pipeline.training import traces_of
+from bitswitch.training import evaluate
+
+_EVALUATION_BATCH = 256
+# So many SubNets are scored in one pass over val.
+_AT_ONCE = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class _FirstImages:
+    """The first training images in batches, not augmented; can be gone through again and again."""
+
+    data: DataSet
+    images: int
+    batch_size: int
+    device: torch.device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        left = self.images
+        for x, y in self.data.evaluation_batches("train", batch_size=self.batch_size, device=self.device):
+            yield x[:left], y[:left]
+            left -= len(x)
+            if left <= 0:
+                return
+
+
+def _cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def sensitivity(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
+    """Traces of the float network's Hessian, for every convolution and linear layer, to sensitivity.json."""
+    part = run.recipe.sensitivity
+    model = float_network(run, data).to(run.device)
+    # Attention is traced through the layers that `quantize` puts in its place.
+    replace_attention(model)
+    batches = _FirstImages(data, min(part.images, data.size("train")), part.batch_size, run.device)
+    rounds = 0
+    with run.reporter.progress("sensitivity", part.most_probes, 0) as advance:
+
+        def tell(probes: int, error: float) -> None:
+            nonlocal rounds
+            for _ in range(rounds, probes):
+                advance(f"greatest relative error {error:.2f} of {part.target:g}")
+            rounds = probes
+
+        traces = room.hessian_trace(
+            model,
+            _cross_entropy,
+            batches,
+            target=part.target,
+            most_probes=part.most_probes,
+            seed=run.recipe.seed,
+            progress=tell,
+        )
+    weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    document = {
+        "metric": "hessian",
+        "loss": "cross-entropy",
+        "data": data.name,
+        "data_sha256": data.fingerprint(),
+        "split": "train",
+        "images": batches.images,
+        "seed": run.recipe.seed,
+        "probes": rounds,
+        "layers": {
+            name: {
+                "trace": trace.mean,
+                "standard_error": trace.standard_error,
+                "weights": weights[f"{name}.weight" if name else "weight"],
+            }
+            for name, trace in traces.items()
+        },
+    }
+    if run.world.first:
+        files.write_json(run.directory.sensitivity, document)
+    return {"probes": rounds}, [run.directory.sensitivity]
+
+
+def check(run: Run, data: DataSet) -> None:
+    """Refuse a search that cannot be done before anything else is.
+
+    Raises:
+        UserError: the latency table cannot be read, a budget names a cost that there is not, or val is needed and empty.
+    """
+    part = run.recipe.search
+    if (part.damage == "accuracy" or part.genetic_evaluations) and not _val_images(run, data):
+        raise UserError(
+            "search.damage=accuracy and search.genetic_evaluations are measured on val, and there is none: set "
+            "data.val_fraction and search.val_images"
+        )
+    known = ["bits", "weight_bits", "bytes", "bitops"]
+    if part.latency is not None:
+        room.read_latency(part.latency)
+        known.append("latency")
+    named = itertools.chain([part.budget], *(one for one in part.budgets or () if isinstance(one, Mapping)))
+    for cost in named:
+        if cost not in known:
+            more = "" if "latency" in known else ", and latency where search.latency names a table"
+            raise UserError(f"search: no cost is named {cost!r}; there are {', '.join(known)}{more}")
+
+
+def search(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
+    """The programme's frontier, scored on val, to frontier.json and into the SuperNet's artifact."""
+    part, model = run.recipe.search, from_checkpoint(run, data, "supernet").to(run.device).eval()
+    layers = tuple(quantized_layers(model))
+    example = (data.sample(1).to(run.device),)
+    latency = None if part.latency is None else room.read_latency(part.latency)
+    costs = room.cost_tables(model, example, latency)
+    if part.damage == "accuracy":
+        damage = room.measured_damage(model, lambda assignments: _top1(run, data, model, assignments))
+    else:
+        damage = room.damage_table(model, traces_of(run, layers), part.damage)
+    tied = [*part.tied, *(room.shared_inputs(model, example) if part.tie_shared_inputs else [])]
+    problem = room.Problem(damage=damage, costs=costs, tied=tied)
+    budgets = (
+        room.budgets_between(costs, part.budget, part.points) if part.budgets is None else room.as_budgets(part.budgets)
+    )
+    choices = _choices(run, data, model, problem, budgets, part)
+    scored = _val_images(run, data) > 0
+    scores = _top1(run, data, model, [choice.assignment for choice in choices]) if scored else [None] * len(choices)
+    rows = [
+        {
+            "assignment": choice.assignment.to_json(),
+            "cost": dict(choice.cost),
+            "damage": choice.damage,
+            "top1": top1,
+        }
+        for choice, top1 in zip(choices, scores, strict=True)
+    ]
+    if run.world.first:
+        record = run.directory.records()["supernet"]
+        supernet = run.recipe.supernet
+        assert supernet is not None
+        save_artifact(run, data, model, run.directory.supernet, supernet, record["result"], rows)
+        files.write_json(run.directory.frontier, {"split": "val", "damage": part.damage, "choices": rows})
+    return {"choices": len(rows)}, [run.directory.frontier, run.directory.supernet]
+
+
+def _choices(
+    run: Run,
+    data: DataSet,
+    model: nn.Module,
+    problem: room.Problem,
+    budgets: Sequence[Mapping[str, float]],
+    part: SearchPart,
+) -> list[room.Choice]:
+    """The frontier; with the programme's other solutions and the genetic search's best, where they are asked for."""
+    found = {choice.assignment: choice for choice in room.frontier(problem, budgets)}
+    for budget in budgets:
+        if part.alternatives:
+            found |= {choice.assignment: choice for choice in room.alternatives(problem, budget)}
+        if share := part.genetic_evaluations // len(budgets):
+            best, _ = room.refine(
+                problem,
+                budget,
+                lambda assignments: _top1(run, data, model, assignments),
+                evaluations=share,
+                seed=run.recipe.seed,
+            )[0]
+            found[best.assignment] = best
+    return sorted(found.values(), key=lambda choice: (choice.damage, *choice.cost.values()))
+
+
+def _val_images(run: Run, data: DataSet) -> int:
+    return min(run.recipe.search.val_images, data.size("val"))
+
+
+def _top1(run: Run, data: DataSet, model: nn.Module, assignments: Sequence[Assignment]) -> list[float]:
+    """Top-1 on the first images of val, for each assignment; the last batch is whole."""
+    world = run.world
+    # This rank's share of the first batches.
+    own = len(range(world.rank, -(-_val_images(run, data) // _EVALUATION_BATCH), world.size))
+    found: list[float] = []
+    for start in range(0, len(assignments), _AT_ONCE):
+        batches = data.evaluation_batches(
+            "val", batch_size=_EVALUATION_BATCH, device=run.device, rank=world.rank, world=world.size
+        )
+        some = assignments[start : start + _AT_ONCE]
+        found += [score.top1 for score in evaluate(model, itertools.islice(batches, own), some, world=world)]
+    return found
