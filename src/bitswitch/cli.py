@@ -154,7 +154,9 @@ def _run_document(run: pipeline.Run, records: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    marked = any("non_dominated" in row for row in rows)
+    note = "average bits of each choice; * no other is as cheap and as accurate" if marked else None
+    table = Table(title=title, title_justify="left", caption=note, caption_justify="left")
     for column in ("precision", "top-1 %", "95 % interval", "top-5 %", "loss", "images"):
         table.add_column(column, justify="right")
     for row in rows:
@@ -166,8 +168,7 @@ def _score_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 def _precision(row: dict[str, Any]) -> str:
     if row.get("choice") is not None:
-        best = " *" if row["non_dominated"] else ""
-        return f"#{row['choice']}: {row['cost']['bits']:.2f} bits on average{best}"
+        return f"#{row['choice']}: {row['cost']['bits']:.2f} bits{' *' if row.get('non_dominated') else ''}"
     if row.get("assignment") is not None:
         return "mixed"
     return "float" if row["bits"] is None else f"{row['bits']} bits"
@@ -313,6 +314,9 @@ def search(
 def evaluate(
     file: File,
     bits: Annotated[str | None, typer.Option(help="Widths, such as 8,6,4,2; all where not given.")] = None,
+    assignment: Annotated[
+        str | None, typer.Option(help="frontier.json, frontier.json#3, a JSON file {layer: bits}, or avg<=4.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="A data name or an image folder; its own where not given.")] = None,
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
     model: Annotated[str | None, typer.Option(help="The network where the file does not name it.")] = None,
@@ -332,6 +336,7 @@ def evaluate(
         document = evaluation.evaluate_file(
             file,
             bits=_widths(bits),
+            assignment=assignment,
             data_name=data,
             split=split,
             network=model,

@@ -9,16 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitswitch import artifact
+from bitswitch import artifact, files
+from bitswitch.artifact import check_choice, within_budget
+from bitswitch.assignment import Assignment
 from bitswitch.data import DataSet, Preprocessing, load_data
+from bitswitch.data.cache import Cache, default_folder
 from bitswitch.errors import UserError
 from bitswitch.export import load
 from bitswitch.machine import machine
 from bitswitch.models import build, is_trusted, load_weights
-from bitswitch.nn import Plan, apply
+from bitswitch.nn import Plan, apply, quantized_layers
 from bitswitch.training import World, evaluate, load_checkpoint, recalibrate
+from bitswitch.training.distributed import from_first
 
 _BATCH = 256
+# So many SubNets are scored in one pass over the data; their predictions are kept before the next pass.
+_AT_ONCE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,7 @@ class _Subject:
         widths: what it can be switched to; empty for a float network.
         preprocessing, classes, data, data_config: of what it was trained on, None where the file does not tell.
         provenance: of an artifact.
+        frontier: of an artifact.
     """
 
     model: nn.Module
@@ -39,12 +46,14 @@ class _Subject:
     data: str | None = None
     data_config: Mapping[str, Any] | None = None
     provenance: Mapping[str, Any] | None = None
+    frontier: tuple[Mapping[str, Any], ...] = ()
 
 
 def evaluate_file(
     path: str | Path,
     *,
     bits: Sequence[int] | None = None,
+    assignment: str | None = None,
     data_name: str | None = None,
     split: str = "test",
     network: str | None = None,
@@ -57,7 +66,9 @@ def evaluate_file(
 
     Args:
         path: an artifact; a checkpoint of the train stage; or a checkpoint of float weights, which needs `network`.
-        bits: widths; all that the file has where None.
+        bits: widths; all that the file has where neither this nor `assignment` is given.
+        assignment: "frontier.json" (every choice), "frontier.json#3", a JSON file {layer: bits}, or a budget such as "avg<=4",
+            for which the best choice of the artifact's own frontier is taken.
         data_name: a data name or an image folder; the data it was trained on where None.
         split: "test" or "val".
         network: its name where the file does not tell, or names the user's own code.
@@ -68,32 +79,82 @@ def evaluate_file(
 
     Returns:
         {"results": [{"bits", "assignment", "top1", "top5", "top1_interval", "loss", "images", "split", "data"}],
-        "provenance": {...}}; "bits" is None for float weights.
+        "provenance": {...}}; "bits" is None for float weights and mixtures. Rows of a frontier also have "choice" and "cost",
+        and where there are several "non_dominated": no other is as cheap in every cost and as accurate, and better in one.
 
     Raises:
         UserError: the file, the widths, the network or the data cannot be used.
     """
     subject = _subject(Path(path), network)
-    wanted = _precisions(path, subject, bits)
+    wanted = _wanted(path, subject, bits, assignment)
     name = data_name or subject.data
     if not name:
         raise UserError(f"{path} does not say what data it is for: give them with --data")
     data = _data(path, name, subject)
     model, world = subject.model.to(device), world or World()
-    if recalibration_images:
-        for precision in wanted:
-            recalibrate(model, _images(data, recalibration_images, device), precision)
-    batches = data.evaluation_batches(split, batch_size=_BATCH, device=device, rank=world.rank, world=world.size)
-    matrices: list[Tensor] | None = [] if confusion else None
-    scores = evaluate(model, batches, wanted, world=world, classes=len(data.classes), confusion=matrices)
+    keys = {}
+    if len(wanted) > 1 and not confusion:
+        about = [files.file_digest(path), data.fingerprint(), split, str(recalibration_images), device.type]
+        keys = {i: _key(about, one.precision) for i, one in enumerate(wanted) if one.choice is not None}
+    scored = _kept(keys, world)
+    matrices: dict[int, Tensor] = {}
+    # With statistics estimated anew, which mixtures share, each precision has a pass of its own.
+    at_once = 1 if recalibration_images else _AT_ONCE
+    left = [i for i in range(len(wanted)) if i not in scored]
+    for start in range(0, len(left), at_once):
+        some = left[start : start + at_once]
+        if recalibration_images:
+            recalibrate(model, _images(data, recalibration_images, device), wanted[some[0]].precision)
+        batches = data.evaluation_batches(split, batch_size=_BATCH, device=device, rank=world.rank, world=world.size)
+        counts: list[Tensor] = []
+        predictions: list[Tensor] = []
+        scores = evaluate(
+            model,
+            batches,
+            [wanted[i].precision for i in some],
+            world=world,
+            classes=len(data.classes),
+            confusion=counts if confusion else None,
+            predictions=predictions,
+        )
+        scored |= dict(zip(some, map(dataclasses.asdict, scores), strict=True))
+        matrices |= dict(zip(some, counts, strict=False))
+        if world.first:
+            for i, predicted in zip(some, predictions, strict=True):
+                if i in keys:
+                    Cache(default_folder()).write(keys[i], {"predicted": predicted}, scored[i])
     results = []
-    for i, (width, score) in enumerate(zip(wanted, scores, strict=True)):
-        row = {"bits": width, "assignment": None, **dataclasses.asdict(score), "split": split, "data": name}
-        results.append(row | ({"confusion": matrices[i].tolist()} if matrices else {}))
+    for i, one in enumerate(wanted):
+        row = {**one.names(), **scored[i], "split": split, "data": name}
+        results.append(row | ({"confusion": matrices[i].tolist()} if confusion else {}))
+    _mark_non_dominated([row for row in results if "choice" in row])
     provenance = dict(subject.provenance or {}) | {"evaluated_on": machine(device)}
     if recalibration_images:
         provenance["recalibration_images"] = recalibration_images
     return {"results": results, "provenance": provenance}
+
+
+def _key(about: Sequence[str], precision: Any) -> str:
+    return f"predictions-{files.digest(files.canonical_json([*about, dict(precision)]).encode())}"
+
+
+def _kept(keys: Mapping[int, str], world: World) -> dict[int, dict[str, Any]]:
+    """The scores of SubNets whose predictions an earlier evaluation kept, by their place."""
+    found: dict[int, dict[str, Any]] = {}
+    if world.first:
+        for i, key in keys.items():
+            if (kept := Cache(default_folder()).read(key)) is not None:
+                found[i] = kept[1]
+    return from_first(found, world)
+
+
+def _mark_non_dominated(rows: Sequence[dict[str, Any]]) -> None:
+    def beaten(row: dict[str, Any], by: dict[str, Any]) -> bool:
+        pairs = [(row["cost"][name], by["cost"][name]) for name in row["cost"]] + [(-row["top1"], -by["top1"])]
+        return all(theirs <= own for own, theirs in pairs) and any(theirs < own for own, theirs in pairs)
+
+    for row in rows if len(rows) > 1 else ():
+        row["non_dominated"] = not any(beaten(row, other) for other in rows)
 
 
 def _subject(path: Path, network: str | None) -> _Subject:
@@ -127,6 +188,7 @@ def _of_artifact(path: Path, network: str | None) -> _Subject:
         data=str(header.provenance["data"]) if header.provenance.get("data") else None,
         data_config=data if isinstance(data, dict) else None,
         provenance=header.provenance,
+        frontier=header.frontier,
     )
 
 
@@ -150,17 +212,61 @@ def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> _
     return _Subject(model=model, widths=plan.widths, classes=tuple(known.pop("classes")), **known)
 
 
-def _precisions(path: str | Path, subject: _Subject, bits: Sequence[int] | None) -> list[int | None]:
+@dataclass(frozen=True)
+class _Wanted:
+    """A precision to evaluate; for a choice of a frontier its number and costs, too."""
+
+    precision: int | Mapping[str, int] | None
+    choice: int | None = None
+    cost: Mapping[str, float] | None = None
+
+    def names(self) -> dict[str, Any]:
+        """How its row begins."""
+        mixed = isinstance(self.precision, Mapping)
+        row: dict[str, Any] = {"bits": None if mixed else self.precision, "assignment": None}
+        if isinstance(self.precision, Mapping):
+            row["assignment"] = dict(self.precision)
+        return row if self.cost is None else row | {"choice": self.choice, "cost": dict(self.cost)}
+
+
+def _wanted(path: str | Path, subject: _Subject, bits: Sequence[int] | None, assignment: str | None) -> list[_Wanted]:
     if not subject.widths:
-        if bits:
-            raise UserError(f"{path} holds float weights and has no widths: leave --bits out")
-        return [None]
+        if bits or assignment:
+            raise UserError(f"{path} holds float weights and has no widths: leave --bits and --assignment out")
+        return [_Wanted(None)]
     if bits and len(set(bits)) < len(bits):
         raise UserError(f"--bits {','.join(map(str, bits))}: name each width once")
     for width in bits or ():
         if width not in subject.widths:
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, subject.widths))}")
-    return list(bits or subject.widths)
+    mixed = [] if assignment is None else _assignments(subject, assignment)
+    return [*map(_Wanted, bits or (() if mixed else subject.widths)), *mixed]
+
+
+def _assignments(subject: _Subject, text: str) -> list[_Wanted]:
+    """What --assignment names."""
+    layers = list(quantized_layers(subject.model))
+    if "<=" in text:
+        choice = within_budget(subject.frontier, text)
+        return [_Wanted(choice["assignment"], subject.frontier.index(choice), choice["cost"])]
+    file, hash_, number = text.rpartition("#") if "#" in text else (text, "", "")
+    found = files.read_json(file)
+    if not isinstance(found, dict) or "choices" not in found:
+        if hash_:
+            raise UserError(f"--assignment {text}: {file} has no choices to number; leave #{number} out")
+        one = Assignment.from_json(found)
+        widths = dict.fromkeys(layers, subject.widths)
+        return [_Wanted(Assignment.of(one, layers=dict.fromkeys(layers, subject.widths[0]), widths=widths))]
+    try:
+        choices = [check_choice(choice, layers, subject.widths) for choice in found["choices"]]
+    except (TypeError, UserError) as error:
+        raise UserError(f"--assignment {file}: {error}") from error
+    wanted = [_Wanted(choice["assignment"], i, choice["cost"]) for i, choice in enumerate(choices)]
+    if not hash_:
+        return wanted
+    if not number.isdecimal() or int(number) >= len(wanted):
+        raise UserError(f"--assignment {text}: {file} has choices #0 to #{len(wanted) - 1}")
+    return [wanted[int(number)]]
 
 
 def _data(path: str | Path, name: str, subject: _Subject) -> DataSet:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from bitswitch.assignment import Assignment
-from bitswitch.search.programme import Choice, Problem, alternatives
+from bitswitch.search.programme import Choice, Problem, alternatives, meets
 
 _POPULATION = 16
 
@@ -70,6 +70,6 @@ def _children(
             width = options[int(draw.integers(len(options)))] if mutated else parent[group[0]]
             widths |= dict.fromkeys(group, width)
         choice = problem.choice(widths)
-        if choice.assignment not in known and all(choice.cost[name] <= most for name, most in budgets.items()):
+        if choice.assignment not in known and meets(choice.cost, budgets):
             children[choice.assignment] = None
     return list(children)

@@ -16,8 +16,15 @@ Table = Mapping[str, Mapping[int, float]]
 
 # The solver stops within an absolute gap of 1e-6: damages are scaled so far up that no difference that matters is smaller.
 _GREATEST_DAMAGE = 1e6
-# A budget may be exactly what the best choice costs; in floating point it would miss it by a hair. `solve` checks exactly.
+# A budget may be exactly what the best choice costs; in floating point it would miss it by a hair. The solver is given more
+# room than that, and `meets` cuts off what used it.
 _SLACK = 1e-6
+_HAIR = 1e-12
+
+
+def meets(cost: Mapping[str, float], budgets: Mapping[str, float]) -> bool:
+    """Whether every cost is within its budget, but for rounding: 4 bits on average may be summed as 4.000000000000001."""
+    return all(cost[name] <= budget + _HAIR * abs(budget) for name, budget in budgets.items())
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,7 @@ class Problem:
             if picked is None:
                 raise self._infeasible(budgets)
             choice = self.choice({layer: width for group, width in (options[i] for i in picked) for layer in group})
-            # What misses a budget by less than the slack is cut off.
-            if all(choice.cost[name] <= budget for name, budget in budgets.items()):
+            if meets(choice.cost, budgets):
                 return choice
             excluded.append(picked)
 

@@ -44,6 +44,7 @@ def evaluate(
     world: World | None = None,
     classes: int | None = None,
     confusion: list[Tensor] | None = None,
+    predictions: list[Tensor] | None = None,
 ) -> list[Score]:
     """Score `model` at every precision, each batch visited once.
 
@@ -55,6 +56,7 @@ def evaluate(
         world: the ranks that share the batches; sums are in the order of batches, the same for any number of ranks.
         classes: how many the data have, where a network of another number is to be refused.
         confusion: where a list is given, a matrix [class, predicted class] of counts is appended for each precision, int64.
+        predictions: where a list is given, the predicted class of every image is appended for each precision, int32 [images].
 
     Returns:
         One score for each precision, the same on all ranks.
@@ -66,9 +68,10 @@ def evaluate(
     forward = forward or model
     rows: list[Tensor] = []
     counts: list[Tensor] = []
+    classes_seen: list[Tensor] = []
     with evaluating(model):
         for x, y in batches:
-            found = []
+            found, predicted = [], []
             for i, precision in enumerate(precisions):
                 with switched(model, precision) if precision is not None else nullcontext():
                     logits = forward(x).float()
@@ -76,10 +79,15 @@ def evaluate(
                 found.append(_totals(logits, y))
                 if confusion is not None:
                     _count(counts, i, logits, y)
+                predicted.append(logits.argmax(1).int())
             rows.append(torch.stack(found))
+            classes_seen.append(torch.stack(predicted))
     if confusion is not None:
         ranks = gather([[matrix.cpu() for matrix in counts]], world)
         confusion += [torch.stack(matrices).sum(0) for matrices in zip(*filter(None, ranks), strict=True)]
+    if predictions is not None:
+        own = [(world.rank + i * world.size, part.cpu()) for i, part in enumerate(classes_seen)]
+        predictions += torch.cat([part for _, part in sorted(gather(own, world), key=lambda pair: pair[0])], 1).unbind()
     return _scores([row.flatten().tolist() for row in rows], len(precisions), world)
 
 

@@ -1,0 +1,255 @@
+"""Costs, damage, `bitswitch.search`, genetic refinement."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import bitswitch as bs
+from bitswitch import search
+from bitswitch.assignment import Assignment
+from bitswitch.errors import UserError
+from bitswitch.search import (
+    Problem,
+    Trace,
+    cost_tables,
+    damage_table,
+    measured_damage,
+    read_latency,
+    refine,
+    shared_inputs,
+)
+
+WIDTHS = (8, 4, 2)
+
+
+class Block(nn.Module):
+    """A stem, then two convolutions that read one tensor and are added, then one more, and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 4, 3, padding=1)
+        self.main = nn.Conv2d(4, 6, 3, padding=1)
+        self.side = nn.Conv2d(4, 6, 1)
+        self.norm = nn.BatchNorm2d(6)
+        self.after = nn.Conv2d(6, 3, 3, stride=2, bias=False)
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        x = self.norm(self.main(x) + self.side(x)).relu()
+        return self.head(self.after(x).mean((2, 3)))
+
+
+X = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+WEIGHTS = {"main": 4 * 6 * 9, "side": 4 * 6, "after": 6 * 3 * 9}
+MACS = {"main": 4 * 6 * 9 * 64, "side": 4 * 6 * 64, "after": 6 * 3 * 9 * 9}
+TRACES = {"main": Trace(3.0, 0.1), "side": Trace(1.0, 0.1), "after": Trace(2.0, 0.1), "stem": Trace(99.0, 1.0)}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return bs.quantize(Block(), bits=WIDTHS, example_inputs=X)
+
+
+def all_choices():
+    return [dict(zip(WEIGHTS, widths, strict=True)) for widths in itertools.product(WIDTHS, repeat=3)]
+
+
+def test_costs_against_figures_by_hand(model, tmp_path):
+    tables = cost_tables(model, (X,), {name: {w: 0.5 * w for w in WIDTHS} for name in WEIGHTS})
+    assert list(tables) == ["bits", "weight_bits", "bytes", "bitops", "latency"]
+    total = sum(WEIGHTS.values())
+    bs.save(model, tmp_path / "m.safetensors")
+    for widths in all_choices():
+        cost = {name: sum(table[layer][w] for layer, w in widths.items()) for name, table in tables.items()}
+        assert cost["bits"] == pytest.approx(sum(widths.values()) / 3)
+        assert cost["weight_bits"] == pytest.approx(sum(w * WEIGHTS[n] for n, w in widths.items()) / total)
+        assert cost["bitops"] == sum(MACS[n] * w * w for n, w in widths.items())
+        assert cost["latency"] == pytest.approx(0.5 * sum(widths.values()))
+        rest = cost["bytes"] - sum(math.ceil(WEIGHTS[n] * w / 8) for n, w in widths.items())
+        # Every other number of the model, four bytes each, whatever the widths.
+        others = sum(t.numel() for t in model.state_dict().values()) - total
+        assert rest == 4 * others
+    assert "bitops" not in cost_tables(model) and "latency" not in cost_tables(model)
+
+
+def test_a_small_layer_is_padded_to_a_byte():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1, bias=False), nn.Linear(1, 2))
+    model = bs.quantize(net, bits=(8, 2), example_inputs=torch.randn(4, 3))
+    table = cost_tables(model)["bytes"]["1"]
+    assert table[8] - table[2] == 3 - 1
+
+
+def test_damage_against_the_formula(model):
+    table = damage_table(model, TRACES)
+    for name in WEIGHTS:
+        layer = model.get_submodule(name)
+        weight = layer.weight.detach().double()
+        for width in WIDTHS:
+            error = float((layer.weight_at(width).detach().double() - weight).square().sum())
+            assert table[name][width] == pytest.approx(TRACES[name].mean / WEIGHTS[name] * error, rel=1e-12)
+    linear = damage_table(model, {name: trace.mean for name, trace in TRACES.items()}, "linear")
+    assert linear["main"][4] == pytest.approx(-3.0 / WEIGHTS["main"] * 4)
+
+
+def test_a_trace_below_zero_counts_as_none(model):
+    table = damage_table(model, {**TRACES, "side": Trace(-5.0, 9.0)})
+    assert set(table["side"].values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("traces", "message"),
+    [
+        ({"main": 1.0, "side": 1.0}, "lack layer 'after'"),
+        ({"main": 1.0, "sides": 1.0, "after": 1.0}, "did you mean 'sides'"),
+        ({**TRACES, "side": float("nan")}, "trace of layer 'side' is nan"),
+        ({**TRACES, "side": Trace(float("inf"), 1.0)}, "take the traces again"),
+    ],
+)
+def test_traces_of_another_model(model, traces, message):
+    with pytest.raises(UserError, match=message):
+        bs.search(model, traces)
+
+
+def test_search_is_the_programme_over_these_tables(model):
+    damage, tables = damage_table(model, TRACES), cost_tables(model, (X,))
+
+    def cost(widths, name):
+        return sum(tables[name][layer][w] for layer, w in widths.items())
+
+    def best(budgets):
+        allowed = [c for c in all_choices() if all(cost(c, n) <= most + 1e-9 for n, most in budgets.items())]
+        return min(sum(damage[layer][w] for layer, w in c.items()) for c in allowed)
+
+    budgets = [4, 5.5, {"bitops": 1e5}, {"bits": 6, "bytes": 3000}]
+    for budget in budgets:
+        (choice,) = bs.search(model, TRACES, budgets=[budget], example_inputs=X)
+        limits = budget if isinstance(budget, dict) else {"bits": budget}
+        assert choice.damage == pytest.approx(best(limits))
+        assert all(choice.cost[name] <= most + 1e-9 for name, most in limits.items())
+    whole = bs.search(model, TRACES, example_inputs=X)
+    assert whole[0].assignment.uniform == 8 and whole[-1].assignment.uniform == 2
+    assert [c.damage for c in whole] == sorted(c.damage for c in whole)
+
+
+def test_uniform_widths_meet_their_own_average():
+    """Eighteen times 4/18 is more than 4 in floating point."""
+    for layers in range(2, 60):
+        names = [str(i) for i in range(layers)]
+        tables = {"bits": {n: {w: w / layers for w in (8, 4)} for n in names}}
+        problem = Problem(damage={n: {8: 0.0, 4: 1.0} for n in names}, costs=tables)
+        assert problem.solve({"bits": 4}).assignment.uniform == 4
+
+
+def test_a_sensitive_layer_gets_the_higher_width(model):
+    for dominant in WEIGHTS:
+        traces = {name: 1e4 if name == dominant else 1.0 for name in WEIGHTS}
+        for form in ("hessian", "linear"):
+            for choice in bs.search(model, traces, budgets=[3, 4, 5, 6], damage=form):
+                assert choice.assignment[dominant] == max(choice.assignment.values())
+
+
+def test_tied_layers_have_one_width(model):
+    assert shared_inputs(model, (X,)) == [["main", "side"]]
+    for choice in bs.search(model, TRACES, tied=shared_inputs(model, (X,))):
+        assert choice.assignment["main"] == choice.assignment["side"]
+    assert any(c.assignment["main"] != c.assignment["side"] for c in bs.search(model, TRACES))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budgets": [1.5]}, "can be from 2 to 8"),
+        ({"budgets": [{"bits": 4, "bytes": 1}]}, "together"),
+        ({"budgets": [{"byte": 4}]}, "did you mean 'bytes'"),
+        ({"damage": "hesian"}, "did you mean 'hessian'"),
+        ({"tied": [["main", "sid"]]}, "did you mean 'side'"),
+        ({"latency": {"main": {8: 1.0}}}, "'latency' lacks 4 bits of layer 'main'"),
+        ({"latency": {"main": dict.fromkeys(WIDTHS, 1.0), "side": dict.fromkeys(WIDTHS, 1.0)}}, "lacks layer 'after'"),
+        ({"latency": {n: dict.fromkeys(WIDTHS, -1.0) for n in WEIGHTS}}, "below 0"),
+        ({"latency": {n: dict.fromkeys(WIDTHS, float("nan")) for n in WEIGHTS}}, "nan"),
+        ({"latency": {n: dict.fromkeys(WIDTHS, 1.0) for n in (*WEIGHTS, "x")}}, "'x' of another network"),
+    ],
+)
+def test_what_cannot_be_searched(model, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        bs.search(model, TRACES, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_latency_file(tmp_path):
+    path = tmp_path / "latency.json"
+    path.write_text(json.dumps({"layers": {"a": {"8": 1, "4": 0.5}}}))
+    assert read_latency(path) == {"a": {8: 1.0, 4: 0.5}}
+    path.write_text(json.dumps({"latency": {"layers": {"a": {"8": 1}}}, "machine": {}}))
+    assert read_latency(path) == {"a": {8: 1.0}}
+    for text in ("[]", "{}", '{"layers": {"a": {"x": 1}}}', '{"layers": {"a": 3}}', "nonsense"):
+        path.write_text(text)
+        with pytest.raises(UserError):
+            read_latency(path)
+    with pytest.raises(UserError, match="cannot read"):
+        read_latency(tmp_path / "none.json")
+
+
+def test_measured_damage_changes_one_layer_at_a_time(model):
+    asked = []
+
+    def score(assignments):
+        asked.extend(assignments)
+        return [sum(one.values()) + 10.0 * (one["side"] == 2) for one in assignments]
+
+    table = measured_damage(model, score)
+    assert table["main"] == {8: 0.0, 4: 4.0, 2: 6.0} and table["side"] == {8: 0.0, 4: 4.0, 2: -4.0}
+    assert all(sum(width != 8 for width in one.values()) <= 1 for one in asked)
+
+
+def genetic_problem():
+    draw = np.random.default_rng(0)
+    names = [f"l{i}" for i in range(6)]
+    damage = {n: {8: 0.0, 4: float(draw.random()), 2: 1 + float(draw.random())} for n in names}
+    return Problem(damage=damage, costs={"bits": {n: {w: w / 6 for w in WIDTHS} for n in names}})
+
+
+def test_genetic_refinement_finds_what_damage_does_not_tell():
+    problem = genetic_problem()
+    wanted = Assignment(tuple((name, (8, 2)[i % 2]) for i, name in enumerate(problem.damage)))
+    asked = []
+
+    def score(assignments):
+        asked.extend(assignments)
+        return [float(sum(one[n] == wanted[n] for n in wanted)) for one in assignments]
+
+    found = refine(problem, {"bits": 5}, score, evaluations=300, seed=1)
+    assert found[0][0].assignment == wanted and found[0][1] == 6.0
+    assert len(asked) == len(set(asked)) == len(found) <= 300
+    assert all(choice.cost["bits"] <= 5 + 1e-9 for choice, _ in found)
+    assert [value for _, value in found] == sorted((v for _, v in found), reverse=True)
+    assert [c.assignment for c, _ in refine(problem, {"bits": 5}, score, evaluations=300, seed=1)] == [
+        c.assignment for c, _ in found
+    ]
+
+
+def test_genetic_refinement_keeps_ties_and_its_budget_of_evaluations():
+    problem = genetic_problem()
+    tied = Problem(damage=problem.damage, costs=problem.costs, tied=[["l0", "l5"], ["l5", "l2"]])
+    found = refine(tied, {"bits": 5}, lambda some: [-float(one["l1"]) for one in some], evaluations=40)
+    assert len(found) == 40
+    assert all(c.assignment["l0"] == c.assignment["l5"] == c.assignment["l2"] for c, _ in found)
+
+
+def test_genetic_refinement_ends_where_nothing_is_left():
+    names = ["a", "b"]
+    problem = Problem(damage={n: {8: 0.0, 2: 1.0} for n in names}, costs={"bits": {n: {8: 4.0, 2: 1.0} for n in names}})
+    assert len(refine(problem, {"bits": 8}, lambda some: [0.0] * len(some), evaluations=1000)) == 4
+
+
+def test_the_package_is_the_function():
+    assert bs.search is search and callable(bs.search)
+    assert search.find.__module__ == "bitswitch.search.find"
