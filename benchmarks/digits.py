@@ -14,7 +14,19 @@ from bitswitch.machine import machine, source_commit
 
 
 def scores(seed: int, out: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "bitswitch", "run", "digits", "--seed", str(seed), "--out", str(out), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "bitswitch",
+        "run",
+        "digits",
+        "supernet=null",
+        "--seed",
+        str(seed),
+        "--out",
+        str(out),
+        "--json",
+    ]
     document = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {"float" if r["bits"] is None else f"{r['bits']} bits": r["top1"] for r in document["results"]}
 

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 
-DIGITS = ["digits", "pretrain.epochs=6", "train.epochs=5"]
+MIXED = ["sensitivity.images=64", "sensitivity.most_probes=20", "supernet.epochs=4", "search.points=6"]
+DIGITS = ["digits", "pretrain.epochs=6", "train.epochs=5", *MIXED]
 CIFAR = ["cifar10-resnet20", "model.name=cifar_resnet8", "pretrain.epochs=3", "train.epochs=3"]
 
 
@@ -80,10 +81,12 @@ def model_of(path: Path) -> dict[str, torch.Tensor]:
 def differences(one: Path, other: Path) -> list[str]:
     found = [
         name
-        for name in ("model.safetensors", "metrics.jsonl")
-        if (one / name).read_bytes() != (other / name).read_bytes()
+        for name in ("model.safetensors", "metrics.jsonl", "sensitivity.json", "frontier.json", "supernet.safetensors")
+        if (one / name).exists() and (one / name).read_bytes() != (other / name).read_bytes()
     ]
-    for stage in ("pretrain", "train"):
+    for stage in ("pretrain", "train", "supernet"):
+        if not (one / "checkpoints" / f"{stage}.pt").exists():
+            continue
         a, b = (model_of(run / "checkpoints" / f"{stage}.pt") for run in (one, other))
         found += [f"{stage}: {name}" for name in a if not torch.equal(a[name], b[name])]
     return found

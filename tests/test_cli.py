@@ -13,7 +13,7 @@ import bitswitch as bs
 from bitswitch import artifact, cli
 from bitswitch.data import load_data
 
-SHORT = ["pretrain.epochs=2", "train.epochs=1"]
+SHORT = ["pretrain.epochs=2", "train.epochs=1", "supernet=null"]
 
 
 def call(capsys, *words):
@@ -121,7 +121,7 @@ def test_a_changed_override_is_not_ignored_half_way(capsys, copied):
     records = json.loads((copied / "stages.json").read_text())
     records["train"] |= {"done": False}
     (copied / "stages.json").write_text(json.dumps(records))
-    one_line(call(capsys, "run", "digits", *SHORT[:1], "train.epochs=3", "--out", copied), "train.epochs was 1, is 3")
+    one_line(call(capsys, "run", "digits", *SHORT, "train.epochs=3", "--out", copied), "train.epochs was 1, is 3")
 
 
 def test_fresh_does_a_stage_again(capsys, copied):
@@ -321,7 +321,7 @@ def test_interruption_exits_130(capsys, monkeypatch):
     ids=str,
 )
 def test_every_switch_ends_with_an_artifact(capsys, tmp_path, options):
-    words = ["run", "digits", "pretrain.epochs=1", "train.epochs=1", *options, "--out", tmp_path / "x", "--json"]
+    words = ["run", "digits", *SHORT, "pretrain.epochs=1", *options, "--out", tmp_path / "x", "--json"]
     status, out, err = call(capsys, *words)
     assert status == 0, err
     assert json.loads(out)["artifact"]

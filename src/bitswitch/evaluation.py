@@ -19,7 +19,7 @@ from bitswitch.export import load
 from bitswitch.machine import machine
 from bitswitch.models import build, is_trusted, load_weights
 from bitswitch.nn import Plan, apply, quantized_layers
-from bitswitch.training import World, evaluate, load_checkpoint, recalibrate
+from bitswitch.training import Score, World, evaluate, load_checkpoint, recalibrate
 from bitswitch.training.distributed import from_first
 
 _BATCH = 256
@@ -144,7 +144,7 @@ def _kept(keys: Mapping[int, str], world: World) -> dict[int, dict[str, Any]]:
     if world.first:
         for i, key in keys.items():
             if (kept := Cache(default_folder()).read(key)) is not None:
-                found[i] = kept[1]
+                found[i] = {field.name: kept[1][field.name] for field in dataclasses.fields(Score)}
     return from_first(found, world)
 
 

@@ -41,7 +41,8 @@ def brute_force(problem, budgets):
         chosen = dict(zip(problem.damage, widths, strict=True))
         if any(len({chosen[n] for n in group}) > 1 for group in problem.tied):
             continue
-        if any(sum(problem.costs[c][n][w] for n, w in chosen.items()) > budgets[c] for c in budgets):
+        # But for rounding: an average of 4 bits may be summed as 4.000000000000001.
+        if any(sum(problem.costs[c][n][w] for n, w in chosen.items()) > budgets[c] * (1 + 1e-12) for c in budgets):
             continue
         damage = sum(problem.damage[n][w] for n, w in chosen.items())
         best = damage if best is None else min(best, damage)

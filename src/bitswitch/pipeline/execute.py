@@ -84,8 +84,9 @@ STAGES = tuple(_STAGES)
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages that a recipe asks for: those of mixed precision only where it has a supernet part."""
-    return STAGES if recipe.supernet is not None else ("pretrain", "train")
+    """The stages that a recipe asks for: those of mixed precision where it has a supernet part and is no rival's."""
+    mixed = recipe.supernet is not None and recipe.train.method == "double_rounding"
+    return STAGES if mixed else ("pretrain", "train")
 
 
 def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str, Any]:
@@ -144,10 +145,8 @@ def _check_parts(run: Run, stages: Sequence[str]) -> None:
             raise UserError(
                 f"recipe {run.name} has no part supernet: give it one, or say {stage} {run.name} supernet.epochs=N"
             )
-    if run.recipe.train.method != "double_rounding" and run.recipe.supernet is not None:
-        raise UserError(
-            f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet: say supernet=null with it"
-        )
+        if stage in ("supernet", "search") and run.recipe.train.method != "double_rounding":
+            raise UserError(f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet")
 
 
 def _needed(stages: Sequence[str]) -> list[str]:
@@ -258,7 +257,8 @@ def _begin(run: Run, data: DataSet, stage: str) -> dict[str, Any] | None:
     record = run.directory.records().get(stage)
     inputs = _inputs(run, data, stage)
     if record is None:
-        _STAGES[stage].product(run.directory).unlink(missing_ok=True)
+        # What a training would take up. The file of a stage that has none is replaced when the new one is there.
+        run.directory.checkpoint(stage).unlink(missing_ok=True)
     elif record["inputs"] != inputs:
         raise UserError(
             f"{run.directory.path}: the {stage} stage was made from other inputs than are there now "

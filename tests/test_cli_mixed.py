@@ -1,0 +1,322 @@
+"""The commands of mixed precision, on digits."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bitswitch as bs
+from bitswitch import cli
+from bitswitch.artifact import read_header
+from bitswitch.data import load_data
+from bitswitch.nn import TransitionalBatchNorm, plan_of
+
+SHORT = [
+    *("pretrain.epochs=3", "train.epochs=2", "supernet.epochs=2"),
+    *("sensitivity.images=64", "sensitivity.most_probes=8", "search.points=6"),
+]
+
+
+def call(capsys, *words):
+    """(exit status, stdout, stderr) of a command, in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def one_line(result, *words):
+    status, out, err = result
+    assert status == 2 and out == "", (status, out, err)
+    *notes, last = err.splitlines()
+    assert last.startswith("bitswitch: ") and all("skipped" in note for note in notes), err
+    for word in words:
+        assert word in last, err
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "digits", *SHORT, "--out", str(out), "--json", "--device", "cpu"])
+    assert stop.value.code == 0
+    return out
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    return Path(shutil.copytree(done, tmp_path / "digits"))
+
+
+def choices(folder):
+    return json.loads((folder / "frontier.json").read_text())["choices"]
+
+
+def test_a_run_directory_holds_what_is_promised(done):
+    for name in ("model.safetensors", "supernet.safetensors", "sensitivity.json", "frontier.json"):
+        assert (done / name).is_file()
+    sensitivity = json.loads((done / "sensitivity.json").read_text())
+    assert sensitivity["data"] == "digits" and sensitivity["seed"] == 0 and sensitivity["images"] == 64
+    weights = {name: p.numel() for name, p in bs.load(done / "model.safetensors").named_parameters()}
+    assert sensitivity["layers"]["conv1"]["weights"] == weights["conv1.weight"]
+    for row in choices(done):
+        assert set(row) == {"assignment", "cost", "damage", "top1"} and row["top1"] > 50
+    rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    followed = [r for r in rows if r["stage"] == "supernet" and r["epoch"] == 0]
+    assert [r["bits"] for r in followed] == [8, 6, 4, 2, None, None, None, None]
+    assert all(("train_loss" in r) == (r["bits"] is not None) for r in followed)
+    again = [r["assignment"] for r in rows if r["stage"] == "supernet" and r["epoch"] == 1 and r["bits"] is None]
+    assert again == [r["assignment"] for r in followed if r["bits"] is None]
+
+
+def test_the_artifact_holds_transitional_norms_and_its_frontier(done):
+    header = read_header(done / "supernet.safetensors")
+    assert header.transitional and list(header.frontier) == choices(done)
+    model = bs.load(done / "supernet.safetensors", assignment="avg<=4")
+    fits = [row for row in choices(done) if row["cost"]["bits"] <= 4 + 1e-9]
+    best = max(fits, key=lambda row: (row["top1"], -row["damage"]))
+    assert bs.widths(model) == best["assignment"]
+    assert isinstance(model.layer2[0].bn1, TransitionalBatchNorm) and plan_of(model).transitional
+
+
+def test_sub_nets_on_val_and_on_test(capsys, done):
+    """Top-1 of frontier.json is that of val; evaluate reports test; a model loaded by hand agrees with both."""
+    words = ["evaluate", done / "supernet.safetensors", "--assignment", done / "frontier.json", "--json"]
+    for split in ("val", "test"):
+        status, out, err = call(capsys, *words, "--split", split)
+        assert status == 0, err
+        results = json.loads(out)["results"]
+        assert [row["choice"] for row in results] == list(range(len(choices(done))))
+        model = bs.load(done / "supernet.safetensors")
+        batches = list(load_data("digits").evaluation_batches(split, batch_size=256, device=torch.device("cpu")))
+        for row, choice in zip(results, choices(done), strict=True):
+            assert row["assignment"] == choice["assignment"] and row["cost"] == choice["cost"] and row["bits"] is None
+            with bs.switched(model, choice["assignment"]), torch.no_grad():
+                right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
+            assert row["top1"] == pytest.approx(100 * right / row["images"])
+            if split == "val":
+                assert row["top1"] == choice["top1"]
+
+
+def test_non_dominated_choices_are_marked(capsys, done):
+    _, out, _ = call(
+        capsys, "evaluate", done / "supernet.safetensors", "--assignment", done / "frontier.json", "--json"
+    )
+    rows = json.loads(out)["results"]
+
+    def beats(other, row):
+        at_least = other["top1"] >= row["top1"] and all(other["cost"][n] <= row["cost"][n] for n in row["cost"])
+        return at_least and (other["top1"] > row["top1"] or other["cost"] != row["cost"])
+
+    assert [row["non_dominated"] for row in rows] == [not any(beats(o, row) for o in rows) for row in rows]
+
+
+def test_predictions_are_kept(capsys, done, monkeypatch):
+    words = ["evaluate", done / "supernet.safetensors", "--assignment", done / "frontier.json", "--json"]
+    first = call(capsys, *words)
+    monkeypatch.setattr("bitswitch.evaluation.evaluate", lambda *_, **__: pytest.fail("computed again"))
+    assert call(capsys, *words)[1] == first[1]
+    kept = list((Path(os.environ["XDG_CACHE_HOME"]) / "bitswitch").glob("predictions-*.safetensors"))
+    assert len(kept) == len(choices(done))
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(done.parent / "elsewhere"))
+    assert call(capsys, *words)[1] == first[1]
+
+
+@pytest.mark.parametrize("of", ["#2", "avg<=5", "file"])
+def test_one_assignment(capsys, done, tmp_path, of):
+    name = {"#2": f"{done / 'frontier.json'}#2", "avg<=5": of, "file": tmp_path / "own.json"}[of]
+    layers = list(choices(done)[0]["assignment"])
+    (tmp_path / "own.json").write_text(json.dumps({layers[1]: 2}))
+    words = ["evaluate", done / "supernet.safetensors", "--assignment", name, "--json"]
+    status, out, err = call(capsys, *words)
+    assert status == 0, err
+    (row,) = json.loads(out)["results"]
+    if of == "#2":
+        assert row["assignment"] == choices(done)[2]["assignment"] and row["choice"] == 2
+    elif of == "file":
+        assert row["assignment"] == dict.fromkeys(layers, 8) | {layers[1]: 2} and "choice" not in row
+    else:
+        assert row["cost"]["bits"] <= 5 + 1e-9
+
+
+def test_a_mixture_is_recalibrated_alone(capsys, done):
+    words = ["evaluate", done / "supernet.safetensors", "--recalibrate", "200", "--json"]
+    both = json.loads(call(capsys, *words, "--bits", "2", "--assignment", "avg<=4")[1])["results"]
+    one = json.loads(call(capsys, *words, "--assignment", "avg<=4")[1])["results"]
+    assert both[1] == one[0]
+
+
+def test_a_second_run_skips_what_is_done(capsys, copied):
+    before = {p: p.read_bytes() for p in copied.rglob("*") if p.is_file() and p.name != ".lock"}
+    status, out, err = call(capsys, "run", "digits", *SHORT, "--out", copied, "--json")
+    assert status == 0 and err.count("done before, skipped") == 5
+    document = json.loads(out)
+    assert document["frontier"]["choices"] == choices(copied) and document["supernet"].endswith("supernet.safetensors")
+    assert [(r["stage"], r["bits"]) for r in document["results"]] == [
+        ("pretrain", None),
+        *itertools.product(("train", "supernet"), (8, 6, 4, 2)),
+    ]
+    assert {p: p.read_bytes() for p in copied.rglob("*") if p.is_file() and p.name != ".lock"} == before
+
+
+def test_one_stage_again(capsys, copied):
+    words = [*SHORT, "--out", copied]
+    one_line(call(capsys, "search", "digits", *words, "search.points=3"), "search.points was 6, is 3", "--fresh")
+    status, _, err = call(capsys, "search", "digits", *words, "search.points=3", "--fresh", "--json")
+    assert status == 0, err
+    assert len(choices(copied)) <= 3
+    assert list(read_header(copied / "supernet.safetensors").frontier) == choices(copied)
+    status, _, err = call(capsys, "supernet", "digits", *words, "supernet.sampler=uniform", "--fresh", "--json")
+    assert status == 0, err
+    # Another SuperNet: its frontier is to be searched anew.
+    one_line(call(capsys, "search", "digits", *words, "supernet.sampler=uniform", "search.points=3"), "--fresh")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["search.damage=accuracy", "search.budgets=[4, {bits: 6, bytes: 99000}]"],
+        ["search.damage=linear", "search.alternatives=true", "search.budget=bitops"],
+        ["search.genetic_evaluations=24", "search.points=2", "search.tie_shared_inputs=true"],
+        ["search.val_images=0", "search.tied=[[layer1.0.conv1, layer3.0.conv2]]"],
+    ],
+    ids=str,
+)
+def test_every_kind_of_search(capsys, copied, options):
+    status, _, err = call(capsys, "search", "digits", *SHORT, *options, "--out", copied, "--fresh", "--json")
+    assert status == 0, err
+    rows = choices(copied)
+    assert rows and all((row["top1"] is None) == ("search.val_images=0" in options) for row in rows)
+    for row in rows:
+        if "search.damage=accuracy" in options:
+            assert row["cost"]["bits"] <= 6 + 1e-9
+        if "tied" in options[-1]:
+            assert row["assignment"]["layer1.0.conv1"] == row["assignment"]["layer3.0.conv2"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["supernet.sandwich=true", "supernet.sampler=uniform", "supernet.batch_norm=switchable"],
+        ["supernet.distillation.teacher=float", "supernet.sensitive=0.5", "supernet.cap=0.3"],
+        ["supernet.distillation.teacher=highest", "supernet.sigma=1.0", "supernet.order=accumulate"],
+        ["supernet.sampler=fixed", "supernet.precision=bfloat16", "supernet.micro_batches=2"],
+    ],
+    ids=str,
+)
+def test_every_kind_of_supernet(capsys, copied, options):
+    words = [*SHORT, "supernet.epochs=1", *options, "--out", copied]
+    status, _, err = call(capsys, "supernet", "digits", *words, "--fresh", "--json")
+    assert status == 0, err
+    header = read_header(copied / "supernet.safetensors")
+    assert header.transitional == ("supernet.batch_norm=switchable" not in options)
+
+
+def test_a_latency_table(capsys, copied, tmp_path):
+    path = tmp_path / "latency.json"
+    layers = list(choices(copied)[0]["assignment"])
+    table = {name: {"8": 4.0, "6": 3.0, "4": 2.0, "2": 1.0} for name in layers}
+    path.write_text(json.dumps({"layers": table}))
+    words = [*SHORT, f"search.latency={path}", "search.budget=latency", "--out", copied, "--fresh", "--json"]
+    status, _, err = call(capsys, "search", "digits", *words)
+    assert status == 0, err
+    assert min(row["cost"]["latency"] for row in choices(copied)) == len(layers)
+    del table[layers[0]]["4"]
+    path.write_text(json.dumps({"layers": table}))
+    before = choices(copied)
+    one_line(call(capsys, "search", "digits", *words), "latency", f"4 bits of layer '{layers[0]}'")
+    assert choices(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["search", "digits", "search.budget=byte"], ["no cost is named 'byte'", "bytes"]),
+        (["search", "digits", "search.budgets=[{latency: 3}]"], ["'latency'", "search.latency"]),
+        (["search", "digits", "search.latency=none.json"], ["none.json"]),
+        (["search", "digits", "search.budgets=[1.5]"], ["can be from 2 to 8"]),
+        (["search", "digits", "search.tied=[[conv9, conv8]]"], ["no layer is named 'conv9'"]),
+        (["search", "digits", "data.val_fraction=0"], ["data.val_fraction was 0.1"]),
+        (["search", "digits", "supernet.sampler=hasp"], ["supernet.sampler='hasp'"]),
+        (["search", "digits", "supernet.sensitive=2"], ["quantile"]),
+        (["search", "digits", "supernet=null"], ["has no part supernet"]),
+        (["search", "digits", "train.method=lsq"], ["gives no SuperNet"]),
+        (["search", "digits", "supernet.epoch=3"], ["unknown key 'supernet.epoch'", "did you mean 'epochs'"]),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_searched(capsys, copied, words, expected):
+    before = choices(copied)
+    changed = [word for word in SHORT if word.split("=")[0] not in {w.split("=")[0] for w in words[2:]}]
+    if "supernet=null" in words:
+        changed = [word for word in changed if not word.startswith("supernet")]
+    one_line(call(capsys, *words[:2], *changed, *words[2:], "--out", copied, "--fresh"), *expected)
+    assert choices(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("frontier.json#99", "choices #0 to #"),
+        ("frontier.json#-1", "choices #0 to #"),
+        ("frontier.json#x", "choices #0 to #"),
+        ("none.json", "cannot read"),
+        ("config.yaml", "is not JSON"),
+        ("avg<=1", "the least is 2"),
+        ("cost<=1", "no cost is named"),
+        ("own.json#1", "no choices to number"),
+        ("other.json", "no quantized layer is named 'conv9'"),
+        ("wide.json", "has no width 5"),
+        ("foreign.json", "another network"),
+        ("list.json", "a JSON object"),
+    ],
+)
+def test_assignments_that_are_none(capsys, copied, monkeypatch, text, expected):
+    monkeypatch.chdir(copied)
+    layer = next(iter(choices(copied)[0]["assignment"]))
+    Path("own.json").write_text(json.dumps({layer: 4}))
+    Path("wide.json").write_text(json.dumps({layer: 5}))
+    Path("other.json").write_text(json.dumps({"conv9": 4}))
+    Path("list.json").write_text("[8, 4]")
+    Path("foreign.json").write_text(
+        json.dumps({"choices": [{"assignment": {"x": 8}, "cost": {}, "damage": 0, "top1": None}]})
+    )
+    one_line(call(capsys, "evaluate", "supernet.safetensors", "--assignment", text), expected)
+
+
+def test_a_damaged_sensitivity_is_named(capsys, copied):
+    (copied / "sensitivity.json").write_text("{}")
+    result = call(capsys, "supernet", "digits", *SHORT, "--out", copied, "--fresh")
+    one_line(result, "sensitivity.json")
+
+
+def test_a_float_checkpoint_has_no_assignments(capsys, copied):
+    words = ["evaluate", copied / "checkpoints" / "pretrain.pt", "--model", "cifar_resnet8", "--assignment", "avg<=4"]
+    status, _, err = call(capsys, *words, "--data", "digits")
+    assert status == 2 and err.count("\n") == 1
+
+
+def test_two_ranks_train_one_supernet_and_share_its_evaluation(capsys, copied):
+    """Gradients are averaged over the ranks: had these drawn differently, what they average would not match."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bitswitch"]
+    words = [*SHORT, "supernet.epochs=1", "--out", str(copied), "--fresh", "--json"]
+    result = subprocess.run([*launch, "supernet", "digits", *words], capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stderr
+    words = ["evaluate", str(copied / "supernet.safetensors"), "--assignment", f"{copied / 'frontier.json'}", "--json"]
+    two = json.loads(subprocess.run([*launch, *words], check=True, capture_output=True, text=True).stdout)["results"]
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    one = json.loads(call(capsys, *words)[1])["results"]
+    assert one == two
