@@ -252,7 +252,7 @@ def test_out_of_memory_names_the_settings_to_change(capsys, tmp_path, monkeypatc
     def exhausted(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("bitswitch.pipeline.FloatObjective", exhausted)
+    monkeypatch.setattr("bitswitch.pipeline.training.FloatObjective", exhausted)
     one_line(call(capsys, "run", "digits", "--out", tmp_path), "out of memory", "pretrain.micro_batches", "batch_size")
 
 

@@ -1,5 +1,6 @@
 """The stages that train: float, joint, SuperNet."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +86,7 @@ def supernet(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     join_ranks(run, model.to(run.device), part)
     batches = training_batches(run, data, part.batch_size)
     layers = tuple(quantized_layers(model))
-    sampler = AssignmentSampler(
-        layers=layers,
-        widths=widths,
-        sensitive=sensitive_layers(traces_of(run, layers), above=part.sensitive, cap=part.cap),
-        sampling=part.sampler,
-        sigma=part.sigma,
-        sandwich=part.sandwich,
-        seed=run.recipe.seed,
-        steps=len(batches),
-        epochs=part.epochs,
-    )
+    sampler = supernet_sampler(run, model, traces_of(run, layers), len(batches))
     objective = joint_objective(run, part, model, _teacher(run, data, part), sampler=sampler)
     mixtures = watched_mixtures(layers, widths, part.watched)
     extra = {"plan": plan_of(model).to_json(), "about": about(run, data)}
@@ -105,6 +96,30 @@ def supernet(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
         save_artifact(run, data, model, run.directory.supernet, part, scores)
     # The artifact is not among the outputs: the search writes it again, with its frontier.
     return scores, [run.directory.checkpoint("supernet")]
+
+
+def supernet_sampler(run: Run, model: nn.Module, traces: Mapping[str, float], steps: int) -> AssignmentSampler:
+    """What draws the assignments, as the recipe says.
+
+    Args:
+        run: has the recipe.
+        model: quantized.
+        traces: of the Hessian, for every quantized layer.
+        steps: in an epoch.
+    """
+    part = run.recipe.supernet
+    assert part is not None
+    return AssignmentSampler(
+        layers=tuple(quantized_layers(model)),
+        widths=run.recipe.bits,
+        sensitive=sensitive_layers(traces, above=part.sensitive, cap=part.cap),
+        sampling=part.sampler,
+        sigma=part.sigma,
+        sandwich=part.sandwich,
+        seed=run.recipe.seed,
+        steps=steps,
+        epochs=part.epochs,
+    )
 
 
 def watched_mixtures(layers: tuple[str, ...], widths: tuple[int, ...], count: int) -> list[Assignment]:
