@@ -20,8 +20,8 @@ demo: $(VENV)/.demo
 	$(BIN)/bitswitch run digits
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks examples code
+	$(BIN)/ruff format --check src tests benchmarks examples code
 	$(BIN)/mypy
 
 # One thread a process and a process a core: small tensors gain nothing from threads, which only wait for each other.

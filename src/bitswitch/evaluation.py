@@ -65,7 +65,7 @@ def evaluate_file(
     """Score a file at every width asked for, each batch visited once.
 
     Args:
-        path: an artifact; a checkpoint of the train stage; or a checkpoint of float weights, which needs `network`.
+        path: an artifact; a checkpoint of a stage; or anybody's checkpoint of float weights, which needs `network`.
         bits: widths; all that the file has where neither this nor `assignment` is given.
         assignment: "frontier.json" (every choice), "frontier.json#3", a JSON file {layer: bits}, or a budget such as "avg<=4",
             for which the best choice of the artifact's own frontier is taken.
@@ -163,7 +163,7 @@ def _subject(path: Path, network: str | None) -> _Subject:
         return _of_artifact(path, network)
     if path.suffix != ".safetensors":
         state = load_checkpoint(path)
-        if "plan" in state and "about" in state:
+        if "model" in state and "about" in state:
             return _of_training(path, state, network)
     if network is None:
         raise UserError(f"{path} is a checkpoint of weights alone: name its network with --model")
@@ -194,22 +194,24 @@ def _of_artifact(path: Path, network: str | None) -> _Subject:
 
 def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> _Subject:
     try:
-        about, plan = state["about"], Plan.from_json(state["plan"])
+        about, plan = state["about"], Plan.from_json(state["plan"]) if "plan" in state else None
         known = {key: about[key] for key in ("network", "preprocessing", "classes", "data", "data_config")}
         weights = dict(state["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a whole checkpoint of a train stage ({error!r})") from error
+        raise UserError(f"{path} is not a whole checkpoint of a stage ({error!r})") from error
     name = network or about["network"]["name"]
     if network is None and not is_trusted(name):
         raise UserError(
             f"{path} names the network {name!r}, and no code is imported on the word of a file: give --model"
         )
-    model = apply(build(name, known.pop("network")["args"]), plan)
+    model = build(name, known.pop("network")["args"])
+    if plan is not None:
+        apply(model, plan)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
-    return _Subject(model=model, widths=plan.widths, classes=tuple(known.pop("classes")), **known)
+    return _Subject(model=model, widths=plan.widths if plan else (), classes=tuple(known.pop("classes")), **known)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ def pretrain(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     objective = FloatObjective(
         model, lr=part.lr, momentum=part.momentum, weight_decay=part.weight_decay, engine=engine(run, part)
     )
-    train_loop(run, data, "pretrain", objective, training_batches(run, data, part.batch_size), part, [None], {})
+    batches = training_batches(run, data, part.batch_size)
+    train_loop(run, data, "pretrain", objective, batches, part, [None], {"about": about(run, data)})
     (score,) = final_scores(run, data, "pretrain", model, [None])
     return {"float": score}, [run.directory.checkpoint("pretrain")]
 

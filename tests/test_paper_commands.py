@@ -1,0 +1,90 @@
+"""What the paper's README says can be typed, on digits."""
+
+import json
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CODE = ROOT / "code"
+pytestmark = pytest.mark.skipif(not CODE.is_dir(), reason="an installed package has no code/")
+
+
+def call(capfd, monkeypatch, program, *words):
+    """(exit status, the bitswitch command it printed, stderr after it)."""
+    monkeypatch.setattr(sys, "argv", [str(CODE / program), *map(str, words)])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(CODE / program), run_name="__main__")
+    _, err = capfd.readouterr()
+    first, _, rest = err.partition("\n")
+    return stop.value.code, first, rest
+
+
+def test_every_program_on_digits(capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    shared = ["--dataset", "digits", "--out", out]
+    steps = [
+        ("Multi_Precision/train.py", ["-bit_width_list=32", "--epochs", 2], "pretrain", "pretrain.epochs=2"),
+        ("Multi_Precision/train.py", ["-bit_width_list=32", "--evaluate"], "evaluate", "pretrain.pt"),
+        ("Multi_Precision/train.py", ["-bit_width_list=8,4,2", "--epochs", 1], "train", "pretrain.epochs=2"),
+        ("Multi_Precision/train.py", ["-bit_width_list=8,2", "--evaluate"], "evaluate", "--bits"),
+        ("Super_net_solve/cal_hessian.py", ["-b", 64], "sensitivity", "sensitivity.batch_size=64"),
+        ("Super_net/train.py", ["--epochs", 1], "supernet", "supernet.epochs=1"),
+        ("Super_net_solve/cal_hessian.py", ["--cal_solve"], "search", "supernet.epochs=1"),
+        ("Super_net_solve/cal_hessian.py", ["--evaluate"], "evaluate", "frontier.json"),
+    ]
+    for program, words, command, part in steps:
+        status, printed, err = call(capfd, monkeypatch, program, *shared, *words)
+        assert status == 0, (program, words, err)
+        typed = shlex.split(printed)
+        assert typed[:2] == ["bitswitch", command] and any(part in word for word in typed), printed
+    assert json.loads((out / "frontier.json").read_text())["choices"]
+    assert (out / "supernet.safetensors").is_file() and (out / "model.safetensors").is_file()
+
+
+def test_local_ranks_are_spawned(capfd, monkeypatch, tmp_path):
+    launched = []
+    monkeypatch.setattr("os.execv", lambda *given: (launched.append(given), sys.exit(0)))
+    words = ["--dataset", "digits", "--out", tmp_path, "-bit_width_list=32", "--multiprocessing_distributed"]
+    status, printed, _ = call(capfd, monkeypatch, "Multi_Precision/train.py", *words, "--ranks", 2)
+    assert status == 0 and printed.startswith("torchrun --standalone --nproc-per-node 2 -m bitswitch pretrain digits")
+    ((program, command),) = launched
+    assert program == sys.executable and command[1:7] == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        (
+            "Multi_Precision/train.py",
+            ["--dataset", "imagenet", "--arch", "resnet20"],
+            "no recipe for imagenet resnet20",
+        ),
+        ("Super_net_solve/cal_hessian.py", ["--dataset", "digits", "--epochs", "3"], "--epochs does not apply"),
+        ("Super_net/train.py", ["--dataset", "digits"], "stage pretrain is not done"),
+        ("Multi_Precision/train.py", ["--dataset", "digits", "-bit_width_list=9,8"], "9 is not a bit-width"),
+    ],
+)
+def test_mistakes(capfd, monkeypatch, tmp_path, program, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(CODE / program), run_name="__main__")
+    assert stop.value.code != 0
+    assert message in capfd.readouterr().err + str(stop.value.code)
+
+
+def test_as_it_is_typed(tmp_path):
+    command = [sys.executable, "code/Super_net_solve/cal_hessian.py", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "--cal_solve" in shown and "--evaluate" in shown
