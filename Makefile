@@ -18,6 +18,7 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml
 
 demo: $(VENV)/.demo
 	$(BIN)/bitswitch run digits
+	$(BIN)/bitswitch evaluate runs/digits/supernet.safetensors --assignment runs/digits/frontier.json
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check src tests benchmarks examples code
