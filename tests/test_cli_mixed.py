@@ -1,5 +1,6 @@
 """The commands of mixed precision, on digits."""
 
+import ctypes
 import itertools
 import json
 import os
@@ -311,6 +312,14 @@ def test_a_float_checkpoint_has_no_assignments(capsys, done):
     (row,) = json.loads(out)["results"]
     rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     assert row["top1"] == next(r["top1"] for r in rows if r["stage"] == "pretrain" and r["split"] == "test")
+
+
+def test_what_a_library_prints_is_not_on_stdout(capfd):
+    with cli._stdout_kept_clean():
+        ctypes.CDLL(None).printf(b"noise of a solver\n")
+    print("document", flush=True)
+    out, err = capfd.readouterr()
+    assert out == "document\n" and err == "noise of a solver\n"
 
 
 def test_two_ranks_train_one_supernet_and_share_its_evaluation(capsys, copied):

@@ -1,6 +1,7 @@
 """The command line: parse, call, print, exit."""
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -117,12 +118,29 @@ def _stages(
             world=world,
             tensorboard=tensorboard,
         )
-        records = pipeline.execute(run, stages, fresh=fresh)
+        with _stdout_kept_clean():
+            records = pipeline.execute(run, stages, fresh=fresh)
     if not world.first:
         return
     shown = {stage: record for stage, record in records.items() if stage in stages or stage == "pretrain"}
     document = _run_document(run, shown)
     _emit(document, as_json, lambda: _show_run(document))
+
+
+@contextlib.contextmanager
+def _stdout_kept_clean() -> Iterator[None]:
+    """Send what libraries print past Python to stderr: HiGHS has a stray printf in its integer solver (its issue 2783)."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        # C's own buffer would reach stdout later.
+        with contextlib.suppress(OSError, TypeError, AttributeError):
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextlib.contextmanager
