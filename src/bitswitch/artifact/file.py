@@ -204,14 +204,21 @@ def _reserved(header: Header) -> set[str]:
     """Names that no float32 or int32 tensor may have."""
     layers = [layer.name for layer in header.layers]
     planes = {plane_name(i) for i in range(MOST_BITS)}
-    return {GRAPH, *planes, *(f"multiplier.{name}" for name in layers), *(tensor_name(name, "codes") for name in layers)}
+    return {
+        GRAPH,
+        *planes,
+        *(f"multiplier.{name}" for name in layers),
+        *(tensor_name(name, "codes") for name in layers),
+    }
 
 
 def _check_names(header: Header, tensors: Mapping[str, np.ndarray]) -> None:
     reserved = _reserved(header)
     for name, array in tensors.items():
         if (name == GRAPH) != (array.dtype == np.uint8) or (name in reserved and name != GRAPH):
-            raise UserError(f"tensor {name!r} ({array.dtype}) has a name that the artifact keeps for its own: rename it")
+            raise UserError(
+                f"tensor {name!r} ({array.dtype}) has a name that the artifact keeps for its own: rename it"
+            )
         if array.dtype not in _NAMES:
             raise UserError(f"tensor {name!r} is {array.dtype}: the artifact holds float32 and int32")
 

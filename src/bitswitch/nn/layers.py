@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitswitch.codes import narrow
+from bitswitch.codes import bits_read, narrow
+from bitswitch.errors import UserError
 from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer
 
 Self = TypeVar("Self", bound="QuantizedLayer")
@@ -17,16 +18,25 @@ class QuantizedLayer(nn.Module):
     """What all quantized layers share: a width in use, a quantizer for the weight, one for the input.
 
     In training, `weight` is a float parameter and `codes` is None. After `freeze`, and in a model loaded from an
-    artifact, `weight` is None and `codes` holds the stored integers, int8, in the shape of the weight.
+    artifact, `weight` is None and `codes` holds the stored integers, int8, in the shape of the weight. The float weight
+    of the width in use is then made from them when it is first needed, and kept until others are.
+
+    Attributes:
+        planes: how many of the most significant bits of `codes` are known; the others are 0.
+        kept_widths: for how many widths the float weight made from `codes` is kept, the latest.
     """
 
     weight: Any  # nn.Parameter | None, but torch declares it without the None
     bias: Any
     codes: Tensor | None
     width: int
+    planes: int
+    kept_widths: int
     weight_quantizer: Any  # a WeightQuantizer, or a PerWidthWeightQuantizer in comparisons
     input_quantizer: ActivationQuantizer
     _errors: Mapping[int, float]
+    _kept: dict[int, Tensor]
+    _kept_of: tuple[int, ...]
 
     @classmethod
     def from_float(
@@ -41,7 +51,9 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizer = weights
         self.input_quantizer = inputs
         self.register_buffer("codes", None)
-        self.width = weights.high
+        self.width = self.planes = weights.high
+        self.kept_widths = 1
+        self._forget()
         return self
 
     @property
@@ -55,16 +67,75 @@ class QuantizedLayer(nn.Module):
         return self.weight.shape if self.codes is None else self.codes.shape
 
     def weight_at(self, width: int) -> Tensor:
-        """The weight as it is at `width` bits: float, the shape of the weight."""
+        """The weight as it is at `width` bits: float, the shape of the weight.
+
+        Raises:
+            UserError: the codes were loaded without the bits for this width.
+        """
         if self.codes is None:
             return self.weight_quantizer(self.weight, width)
+        self.check_served(width)
+        scale = self.weight_quantizer.scale_parameter
+        # A graph that is compiled or exported holds the integers; and a scale that learns moves.
+        if not self.kept_widths or torch.compiler.is_compiling() or scale.requires_grad:
+            return self._dequantized(width)
+        of = (id(self.codes), _version(self.codes), id(scale), _version(scale))
+        if of != self._kept_of:
+            self._forget()
+            self._kept_of = of
+        weight = self._kept.pop(width, None)
+        if weight is None:
+            while len(self._kept) >= self.kept_widths:
+                del self._kept[next(iter(self._kept))]
+            # In inference mode the weight would be one that no later backward to an input may use.
+            with torch.inference_mode(False), torch.no_grad():
+                weight = self._dequantized(width)
+        # What stands for a tensor while a tracer runs must not outlive it.
+        if type(weight) is Tensor:
+            self._kept[width] = weight
+        return weight
+
+    def _dequantized(self, width: int) -> Tensor:
+        assert self.codes is not None
         high = self.weight_quantizer.high
-        return narrow(self.codes, high, width) * (self.weight_quantizer.scale() * 2 ** (high - width))
+        scale = self.weight_quantizer.scale() * 2 ** (high - width)
+        return narrow(self.codes, high, width).to(scale.dtype).mul_(scale)
+
+    def _forget(self) -> None:
+        self._kept, self._kept_of = {}, ()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles make their own.
+        return {**self.__dict__, "_kept": {}, "_kept_of": ()}
+
+    def check_served(self, width: int) -> None:
+        """Raise where the bits for a width of this layer are not there.
+
+        Raises:
+            UserError: the codes were loaded without them.
+        """
+        high = self.widths[0]
+        if bits_read(high, width) > self.planes:
+            raise UserError(
+                f"{width} bits are not loaded: the model holds {self.planes} of {high} bit planes; "
+                f"bitswitch.upgrade(model, bits={width}) reads the rest"
+            )
 
     @torch.no_grad()
     def stored_codes(self) -> Tensor:
-        """The codes of the highest width: int8, the shape of the weight."""
-        return self.weight_quantizer.codes(self.weight) if self.codes is None else self.codes
+        """The codes of the highest width: int8, the shape of the weight.
+
+        Raises:
+            UserError: the codes were loaded without all of their bits.
+        """
+        if self.codes is None:
+            return self.weight_quantizer.codes(self.weight)
+        self.check_served(self.widths[0])
+        return self.codes
 
     @torch.no_grad()
     def squared_errors(self) -> Mapping[int, float]:
@@ -74,10 +145,18 @@ class QuantizedLayer(nn.Module):
         weight = self.weight.double()
         return {width: float((self.weight_at(width).double() - weight).square().sum()) for width in self.widths}
 
-    def store(self, codes: Tensor, squared_errors: Mapping[int, float]) -> None:
-        """Hold these codes, and drop the float weight."""
+    def store(self, codes: Tensor, squared_errors: Mapping[int, float], *, planes: int | None = None) -> None:
+        """Hold these codes, and drop the float weight.
+
+        Args:
+            codes: of the highest width, int8, the shape of the weight.
+            squared_errors: see `squared_errors`.
+            planes: how many of their bits are known; all where not given.
+        """
         self.codes, self._errors = codes, dict(squared_errors)
+        self.planes = self.weight_quantizer.high if planes is None else planes
         self.weight = None
+        self._forget()
 
     def freeze(self) -> None:
         """Hold the codes of the highest width, and drop the float weight."""
@@ -195,6 +274,11 @@ class MultiheadAttention(nn.Module):
             padding = _additive(padding, q.dtype).reshape(q.shape[0], 1, 1, k.shape[2])
             mask = padding if mask is None else mask + padding
         return mask
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; of those made in inference mode torch does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
