@@ -215,7 +215,11 @@ def test_a_key_twice_in_the_header(path):
         (None, lambda t: t.update({"plane.8": t["plane.7"]}), "planes do not come last"),
         (None, lambda t: t.update({"plane.3": t["plane.3"][:-1]}), "tensor 'plane.3' is U8"),
         (None, lambda t: t.update({"plane.3": t["plane.3"][None]}), "tensor 'plane.3' is U8"),
-        (None, lambda t: t.update({"other": t["plane.3"]}), "a tensor 'other' that this bitswitch does not know; upgrade"),
+        (
+            None,
+            lambda t: t.update({"other": t["plane.3"]}),
+            "a tensor 'other' that this bitswitch does not know; upgrade",
+        ),
         (None, lambda t: t.update({"zebra": t["plane.3"]}), "planes do not come last"),
         (None, lambda t: t.update({"graph": np.zeros(3, np.float32)}), "graph does not come right before"),
         (None, lambda t: t.update({"graph": t["plane.0"][None]}), "tensor 'graph' is U8"),

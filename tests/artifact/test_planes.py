@@ -28,7 +28,11 @@ def layers(draw):
 def test_the_bytes_are_those_of_the_document():
     # Codes of 3 bits: 1 = 001, -4 = 100, 3 = 011; then a second layer, -1 = 111.
     planes = pack([np.array([1, -4, 3], np.int8), np.array([-1], np.int8)], 3)
-    assert [plane.tolist() for plane in planes] == [[0b01000000, 0b10000000], [0b00100000, 0b10000000], [0b10100000, 128]]
+    assert [plane.tolist() for plane in planes] == [
+        [0b01000000, 0b10000000],
+        [0b00100000, 0b10000000],
+        [0b10100000, 128],
+    ]
     assert all(plane.dtype == np.uint8 for plane in planes)
     assert plane_bytes([(3,), (1,)]) == 2 and plane_bytes([(2, 4), (9,)]) == 3
 

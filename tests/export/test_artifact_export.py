@@ -13,7 +13,6 @@ from bitswitch import artifact, codes
 from bitswitch.errors import UserError
 from bitswitch.nn import freeze, quantized_layers
 
-
 PLANES = {f"plane.{i}" for i in range(8)}
 
 
@@ -264,7 +263,9 @@ def test_the_float_weight_of_the_width_in_use_is_kept(loaded, images):
     assert set(map(tuple, kept(loaded).values())) == {(2,)}
 
 
-@pytest.mark.parametrize(("copies", "expected"), [(-1, []), (0, []), (0.9, []), (1, [2]), (2.5, [8, 2]), (9, [4, 8, 2])])
+@pytest.mark.parametrize(
+    ("copies", "expected"), [(-1, []), (0, []), (0.9, []), (1, [2]), (2.5, [8, 2]), (9, [4, 8, 2])]
+)
 def test_a_budget_of_bytes(tmp_path, quantized, network, images, copies, expected):
     bs.save(quantized, tmp_path / "a")
     size = 4 * sum(layer.stored_shape.numel() for layer in quantized_layers(quantized).values())
@@ -371,7 +372,7 @@ def test_a_fixed_width_can_be_compiled(loaded, images, grad):
 def test_a_network_far_greater_than_its_file_is_not_built(tmp_path):
     model = bs.quantize(bs_resnet(), example_inputs=torch.randn(2, 3, 32, 32))
     bs.save(model, tmp_path / "a", network={"name": "cifar_resnet20", "args": {"num_classes": 10**13}})
-    with pytest.raises(UserError, match="of 650\\d+ parameters, and holds"):
+    with pytest.raises(UserError, match=r"of 650\d+ parameters, and holds"):
         bs.load(tmp_path / "a")
     bs.save(model, tmp_path / "a", network={"name": "cifar_resnet20", "args": {}})
     assert bs.load(tmp_path / "a")
