@@ -80,9 +80,12 @@ def narrow(q: Codes, high: int, low: int) -> Codes:
     if shift == 0:
         return q
     # Add half, then shift, as hardware does. What would leave int8 by the addition has the greatest code anyway; the least
-    # code needs no clipping. Three passes over bytes: this runs at every switch.
+    # code needs no clipping. One array, three passes over it: this runs at every switch.
     half = 1 << (shift - 1)
-    return (q.clip(max=signed_range(high)[1] - half) + half) >> shift
+    q = q.clip(max=signed_range(high)[1] - half)
+    q += half
+    q >>= shift
+    return q
 
 
 def bits_read(high: int, low: int) -> int:

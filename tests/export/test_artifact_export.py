@@ -234,7 +234,11 @@ def test_a_batch_normalization_of_another_number_of_widths(tmp_path, quantized, 
 
 def kept(model):
     """{layer: widths whose float weight is kept, the oldest first}."""
-    return {name: list(layer._kept) for name, layer in quantized_layers(model).items()}
+    return {name: list(layer.kept._weights) for name, layer in quantized_layers(model).items()}
+
+
+def anew(layer):
+    return layer.codes * layer.weight_quantizer.scale()
 
 
 @pytest.fixture
@@ -273,7 +277,7 @@ def test_a_budget_of_bytes(tmp_path, quantized, network, images, copies, expecte
     for width in (8, 4, 8, 2):  # the latest used stay
         with torch.no_grad(), bs.switched(loaded, width), bs.switched(quantized.eval(), width):
             assert torch.equal(loaded(images), quantized(images))
-        held = [weight for layer in quantized_layers(loaded).values() for weight in layer._kept.values()]
+        held = [weight for layer in quantized_layers(loaded).values() for weight in layer.kept._weights.values()]
         assert sum(weight.nbytes for weight in held) <= max(copies, 0) * size
     assert set(map(tuple, kept(loaded).values())) == {tuple(expected)}
 
@@ -283,7 +287,7 @@ def test_what_is_kept_follows_its_codes_and_scales(loaded, images):
     loaded(images)
     with torch.no_grad():
         layer.weight_quantizer.scale_parameter.mul_(2)
-    assert torch.equal(layer.weight_at(8), layer._dequantized(8))
+    assert torch.equal(layer.weight_at(8), anew(layer))
     with torch.no_grad():
         layer.codes.zero_()
     assert not layer.weight_at(8).any()
@@ -341,7 +345,7 @@ def test_scales_of_a_loaded_model_can_learn(loaded, images):
     with torch.no_grad():
         scale.mul_(3)
     scale.requires_grad_(False)
-    assert torch.equal(loaded.conv2.weight_at(8), loaded.conv2._dequantized(8))
+    assert torch.equal(loaded.conv2.weight_at(8), anew(loaded.conv2))
 
 
 @pytest.mark.parametrize("width", [8, 2])
@@ -376,3 +380,24 @@ def test_a_network_far_greater_than_its_file_is_not_built(tmp_path):
         bs.load(tmp_path / "a")
     bs.save(model, tmp_path / "a", network={"name": "cifar_resnet20", "args": {}})
     assert bs.load(tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_memory_is_used_again_only_where_nobody_can_hold_it(loaded, images):
+    bs.switch(loaded, 8)
+    with torch.no_grad():
+        loaded(images)
+        first = {name: layer.kept._weights[8].data_ptr() for name, layer in quantized_layers(loaded).items()}
+        bs.switch(loaded, 4)
+        loaded(images)
+    assert first == {name: layer.kept._weights[4].data_ptr() for name, layer in quantized_layers(loaded).items()}
+    lent = loaded.conv2.weight_at(4)
+    before = lent.clone()
+    with torch.no_grad():
+        bs.switch(loaded, 2)
+        traced = torch.jit.trace(loaded, images)
+        expected = traced(images)
+        for width in (8, 6):
+            bs.switch(loaded, width)
+            loaded(images)
+    assert torch.equal(lent, before) and torch.equal(traced(images), expected)

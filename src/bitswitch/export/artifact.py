@@ -138,7 +138,7 @@ def load(
         layers = quantized_layers(loaded).values()
         copy_bytes = sum(layer.stored_shape.numel() * layer.weight_quantizer.scale().element_size() for layer in layers)
         for layer in layers:
-            layer.kept_widths = max(cache_bytes, 0) // copy_bytes
+            layer.kept.most = max(cache_bytes, 0) // copy_bytes
     return loaded
 
 

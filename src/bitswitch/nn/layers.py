@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitswitch.codes import bits_read, narrow
+from bitswitch.codes import bits_read
 from bitswitch.errors import UserError
+from bitswitch.nn.kept import KeptWeights
 from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer
 
 Self = TypeVar("Self", bound="QuantizedLayer")
@@ -23,7 +24,7 @@ class QuantizedLayer(nn.Module):
 
     Attributes:
         planes: how many of the most significant bits of `codes` are known; the others are 0.
-        kept_widths: for how many widths the float weight made from `codes` is kept, the latest.
+        kept: the float weights made from `codes`.
     """
 
     weight: Any  # nn.Parameter | None, but torch declares it without the None
@@ -31,12 +32,10 @@ class QuantizedLayer(nn.Module):
     codes: Tensor | None
     width: int
     planes: int
-    kept_widths: int
+    kept: KeptWeights
     weight_quantizer: Any  # a WeightQuantizer, or a PerWidthWeightQuantizer in comparisons
     input_quantizer: ActivationQuantizer
     _errors: Mapping[int, float]
-    _kept: dict[int, Tensor]
-    _kept_of: tuple[int, ...]
 
     @classmethod
     def from_float(
@@ -52,8 +51,7 @@ class QuantizedLayer(nn.Module):
         self.input_quantizer = inputs
         self.register_buffer("codes", None)
         self.width = self.planes = weights.high
-        self.kept_widths = 1
-        self._forget()
+        self.kept = KeptWeights()
         return self
 
     @property
@@ -72,45 +70,20 @@ class QuantizedLayer(nn.Module):
         Raises:
             UserError: the codes were loaded without the bits for this width.
         """
-        if self.codes is None:
+        return self._weight(width, lent=True)
+
+    def _weight(self, width: int, *, lent: bool) -> Tensor:
+        """`weight_at`; where `lent` is false, the caller drops it before the width changes."""
+        codes = self.codes
+        if codes is None:
             return self.weight_quantizer(self.weight, width)
         self.check_served(width)
-        scale = self.weight_quantizer.scale_parameter
-        # A graph that is compiled or exported holds the integers; and a scale that learns moves.
-        if not self.kept_widths or torch.compiler.is_compiling() or scale.requires_grad:
-            return self._dequantized(width)
-        of = (id(self.codes), _version(self.codes), id(scale), _version(scale))
-        if of != self._kept_of:
-            self._forget()
-            self._kept_of = of
-        weight = self._kept.pop(width, None)
-        if weight is None:
-            while len(self._kept) >= self.kept_widths:
-                del self._kept[next(iter(self._kept))]
-            # In inference mode the weight would be one that no later backward to an input may use.
-            with torch.inference_mode(False), torch.no_grad():
-                weight = self._dequantized(width)
-        # What stands for a tensor while a tracer runs must not outlive it.
-        if type(weight) is Tensor:
-            self._kept[width] = weight
-        return weight
-
-    def _dequantized(self, width: int) -> Tensor:
-        assert self.codes is not None
-        high = self.weight_quantizer.high
-        scale = self.weight_quantizer.scale() * 2 ** (high - width)
-        return narrow(self.codes, high, width).to(scale.dtype).mul_(scale)
-
-    def _forget(self) -> None:
-        self._kept, self._kept_of = {}, ()
+        return self.kept.at(codes, self.weight_quantizer, width, lent=lent)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._forget()
+        # To another device or type.
+        self.kept.clear()
         return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles make their own.
-        return {**self.__dict__, "_kept": {}, "_kept_of": ()}
 
     def check_served(self, width: int) -> None:
         """Raise where the bits for a width of this layer are not there.
@@ -156,7 +129,7 @@ class QuantizedLayer(nn.Module):
         self.codes, self._errors = codes, dict(squared_errors)
         self.planes = self.weight_quantizer.high if planes is None else planes
         self.weight = None
-        self._forget()
+        self.kept.clear()
 
     def freeze(self) -> None:
         """Hold the codes of the highest width, and drop the float weight."""
@@ -164,7 +137,9 @@ class QuantizedLayer(nn.Module):
             self.store(self.stored_codes(), self.squared_errors())
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, nn.Parameter | None]:
-        return self.input_quantizer(x, self.width), self.weight_at(self.width), self.bias
+        # A backward may come after a switch, and a trace runs for as long as it likes.
+        lent = torch.is_grad_enabled() or torch.jit.is_tracing()
+        return self.input_quantizer(x, self.width), self._weight(self.width, lent=lent), self.bias
 
 
 class Conv1d(QuantizedLayer, nn.Conv1d):
@@ -274,11 +249,6 @@ class MultiheadAttention(nn.Module):
             padding = _additive(padding, q.dtype).reshape(q.shape[0], 1, 1, k.shape[2])
             mask = padding if mask is None else mask + padding
         return mask
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; of those made in inference mode torch does not count it."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
