@@ -42,8 +42,9 @@ class KeptWeights:
             lent: somebody may still hold the weight after its width is no longer in use.
         """
         parameter = quantizer.scale_parameter
-        # A graph that is compiled or exported holds the integers; and a scale that learns moves.
-        if not self.most or torch.compiler.is_compiling() or parameter.requires_grad:
+        # A graph that is compiled, exported or traced holds the integers; and a scale that learns moves.
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not self.most or tracing or parameter.requires_grad:
             return _dequantized(codes, quantizer.scale(), quantizer.high, width)
         made_of = (id(codes), _version(codes), id(parameter), _version(parameter))
         if made_of != self._made_of:

@@ -137,8 +137,8 @@ class QuantizedLayer(nn.Module):
             self.store(self.stored_codes(), self.squared_errors())
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, nn.Parameter | None]:
-        # A backward may come after a switch, and a trace runs for as long as it likes.
-        lent = torch.is_grad_enabled() or torch.jit.is_tracing()
+        # A backward may come after a switch.
+        lent = torch.is_grad_enabled()
         return self.input_quantizer(x, self.width), self._weight(self.width, lent=lent), self.bias
 
 
