@@ -5,7 +5,7 @@
 Each file is a small artifact with one kind of damage, drawn from the seed. It is read whole, and where it was cut off at every
 width. What may happen: it is refused (a UserError of one line), or header and tensors are the same. A header that was
 forged, its digest made anew, may also describe another artifact that is whole in itself. All else is a failure: other tensors,
-another exception, an answer that takes more than a second, memory beyond a limit of the process, an import or a command
+another exception, an answer that takes more than a second of the processor, memory beyond a limit of the process, an import or a command
 run by the reader (an audit hook counts them).
 """
 
@@ -342,13 +342,13 @@ def run(folder: Path, files: int, seed: int, kinds: list[str], watch: Watch | No
         damaged = KINDS[kind](base.whole, draw)
         path.write_bytes(damaged)
         row: dict[str, Any] = rows[kind]
-        start = time.perf_counter()
+        start = time.process_time()
         if watch:
             watch.on = True
         told = outcome(base, path, kind, len(damaged))
         if watch:
             watch.on = False
-        elapsed = time.perf_counter() - start
+        elapsed = time.process_time() - start
         if elapsed > SLOW_SECONDS:
             told = f"FAILED: {elapsed:.1f} s"
         row["files"] += 1
