@@ -5,8 +5,8 @@
 Each file is a small artifact with one kind of damage, drawn from the seed. It is read whole, and where it was cut off at every
 width. What may happen: it is refused (a UserError of one line), or header and tensors are the same. A header that was
 forged, its digest made anew, may also describe another artifact that is whole in itself. All else is a failure: other tensors,
-another exception, an answer that takes more than a second of the processor, memory beyond a limit of the process, an import or a command
-run by the reader (an audit hook counts them).
+another exception, more than a second of the processor, memory beyond a limit of the process, an import or a command run by
+the reader (an audit hook counts them).
 """
 
 import argparse
@@ -401,7 +401,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="PATH")
     options = parser.parse_args()
-    watch = Watch()
+    # Now: what runs is what is there now.
+    commit, watch = source_commit(), Watch()
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder), 200, -1, list(KINDS))  # what is imported late is imported now
         gc.collect()
@@ -431,7 +432,7 @@ def main() -> None:
             "data": "random",
             "split": "none",
             "seeds": [options.seed],
-            "commit": source_commit(),
+            "commit": commit,
             "machine": machine(),
             "note": note,
             "columns": COLUMNS,
