@@ -22,16 +22,3 @@ def rewrite(path: Path, change_header=lambda header: None, change_tensors=lambda
     del header["digest"]
     change_header(header)
     save_file(tensors, path, metadata={KEY: sealed(header)})
-
-
-def table_of(whole: bytes) -> tuple[dict, bytes]:
-    """The table of a safetensors file, and its tensors' bytes."""
-    start = 8 + int.from_bytes(whole[:8], "little")
-    return json.loads(whole[8:start]), whole[start:]
-
-
-def with_table(table: dict | str, tensors: bytes) -> bytes:
-    """A safetensors file of this table, an object or its text, whatever it says."""
-    text = (table if isinstance(table, str) else json.dumps(table)).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + tensors

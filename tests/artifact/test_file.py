@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forge import rewrite, table_of, with_table
+from forge import rewrite
 from safetensors.numpy import load_file, save_file
 
 import bitswitch as bs
@@ -14,6 +14,7 @@ from bitswitch import artifact
 from bitswitch.artifact.header import KEY, Header
 from bitswitch.errors import UserError
 from bitswitch.nn import quantized_layers
+from mutate import table_of, with_table
 
 
 @pytest.fixture

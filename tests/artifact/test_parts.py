@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from forge import rewrite, table_of
+from forge import rewrite
 from torch import nn
 
 import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.errors import UserError
 from bitswitch.nn import quantized_layers
+from mutate import table_of
 
 WIDTHS = [(8, 6, 4, 2), (4, 3, 2)]
 SLACK = 65536
