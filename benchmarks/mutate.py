@@ -374,7 +374,7 @@ COLUMNS = [
     "another, whole (forged)",
     "cut: some widths served",
     "failed",
-    "worst ms",
+    "worst CPU ms",
 ]
 
 
