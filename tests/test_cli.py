@@ -244,7 +244,7 @@ def test_bad_artifacts(capsys, copied):
     one_line(call(capsys, "evaluate", path), "altered")
     path.write_bytes(whole[:-100])
     one_line(call(capsys, "evaluate", path), "cannot be used")
-    path.write_bytes(whole.replace(b'\\"version\\":1,', b'\\"version\\":7,'))
+    path.write_bytes(whole.replace(b'\\"version\\":2,', b'\\"version\\":7,'))
     one_line(call(capsys, "inspect", path), "version 7", "upgrade bitswitch")
 
 

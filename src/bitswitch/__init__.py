@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bitswitch.version import __version__
 
 if TYPE_CHECKING:
-    from bitswitch.export import load, save
+    from bitswitch.export import load, save, upgrade
     from bitswitch.nn import quantize, switch, switched, widths
     from bitswitch.search import hessian_trace
     from bitswitch.training import MultiPrecisionOptimizer
@@ -23,6 +23,7 @@ _ROOMS = {
     "hessian_trace": "bitswitch.search",
     "save": "bitswitch.export",
     "load": "bitswitch.export",
+    "upgrade": "bitswitch.export",
 }
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "save",
     "switch",
     "switched",
+    "upgrade",
     "widths",
 ]
 

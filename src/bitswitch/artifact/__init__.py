@@ -1,16 +1,21 @@
-"""The file: header, tensors, read and write. NumPy and safetensors alone."""
+"""The file: header, bit planes, tensors, read and write. NumPy and safetensors alone."""
 
-from bitswitch.artifact.file import is_artifact, read, read_header, write
+from bitswitch.artifact.file import Located, is_artifact, read, read_header, read_part, read_planes, write
 from bitswitch.artifact.frontier import check_choice, within_budget
 from bitswitch.artifact.header import Header, LayerEntry, tensor_name
+from bitswitch.artifact.planes import plane_bytes
 
 __all__ = [
     "Header",
     "LayerEntry",
+    "Located",
     "check_choice",
     "is_artifact",
+    "plane_bytes",
     "read",
     "read_header",
+    "read_part",
+    "read_planes",
     "tensor_name",
     "within_budget",
     "write",

@@ -1,12 +1,15 @@
-"""Reading and writing the file: a valid safetensors file, checked before anything in it is used.
+"""Reading and writing the file: a valid safetensors file, checked before anything in it is used. See docs/artifact.md.
 
-Tensors of format version 1: `<layer>.codes` int8 in the weight's shape; `<layer>.weight_scale` float32, one element or one
-per output channel; `<layer>.input_scale` and, with a zero-point, `<layer>.input_offset` float32 [widths]; `<norm>.*`, the
-tensors of a batch normalization stacked over the widths; everything else under its own name, float32 or int32.
+In the file: float32 and int32 tensors, then `graph` where there is one, then the bit planes of the codes, the most
+significant first. In memory, to those who read and write: the same, with `<layer>.codes` (int8, in the weight's shape) in
+the place of the planes.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -14,37 +17,80 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from bitswitch import files
+from bitswitch.artifact import container
+from bitswitch.artifact.container import DTYPES, MOST_TABLE_BYTES, Entry
 from bitswitch.artifact.header import KEY, Header, tensor_name
-from bitswitch.codes import signed_range
+from bitswitch.artifact.planes import pack, plane_bytes, unpack
+from bitswitch.artifact.source import Damaged, Source, opened
+from bitswitch.codes import MOST_BITS, bits_read, signed_range
 from bitswitch.errors import UserError
 
+GRAPH = "graph"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-def _checksum(array: np.ndarray) -> str:
-    return files.digest(array.tobytes())[:16]
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """What an artifact holds and where: with it, the rest of its planes can be read later.
+
+    Attributes:
+        path: of the file, or its URL.
+        header: of the artifact.
+        entries: {tensor of the file: its type, shape and place}, in the order of the file.
+    """
+
+    path: str
+    header: Header
+    entries: Mapping[str, Entry]
+
+
+def checksum(dtype: str, shape: Sequence[int], content: bytes | bytearray | memoryview) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of `["F32",[2,3]]` (type and shape) followed by the bytes."""
+    hasher = hashlib.sha256(files.canonical_json([dtype, list(shape)]).encode())
+    hasher.update(content)
+    return hasher.hexdigest()[:16]
+
+
+def plane_name(i: int) -> str:
+    """The name of a plane; number 0 is the most significant."""
+    return f"plane.{i}"
 
 
 def write(path: str | Path, header: Header, tensors: Mapping[str, np.ndarray]) -> None:
     """Write an artifact, whole or not at all; the header's checksums are filled in here.
 
+    Args:
+        path: the file.
+        header: of the artifact.
+        tensors: `<layer>.codes`, int8, of every layer; float32 and int32 tensors; `graph`, uint8 [bytes], or none.
+
     Raises:
-        UserError: the file cannot be written.
+        UserError: a tensor cannot be stored, or the file cannot be written.
     """
-    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    header = replace(header, checksums={name: _checksum(array) for name, array in arrays.items()})
-    files.write(path, save(arrays, metadata={KEY: header.to_text()}))
+    rest = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    codes = [rest.pop(tensor_name(layer.name, "codes")) for layer in header.layers]
+    _check_codes(header, codes)
+    _check_names(header, rest)
+    for i, plane in enumerate(pack(codes, header.widths[0])):
+        rest[plane_name(i)] = plane
+    checksums = {name: checksum(_NAMES[array.dtype], array.shape, array.tobytes()) for name, array in rest.items()}
+    content = save(rest, metadata={KEY: replace(header, checksums=checksums).to_text()})
+    if int.from_bytes(content[:8], "little") > MOST_TABLE_BYTES:
+        raise UserError(f"{path}: the header would exceed {MOST_TABLE_BYTES:,} bytes: shorten provenance or frontier")
+    files.write(path, content)
 
 
 def read_header(path: str | Path) -> Header:
-    """The header alone.
+    """The header alone; nothing else is read.
+
+    Args:
+        path: of the file, or its URL.
 
     Raises:
         UserError: there is no such file, or it is not an artifact that this package reads.
     """
-    try:
-        with safe_open(path, framework="numpy") as stream:
-            return _header(stream.metadata())
-    except (OSError, SafetensorError, UserError) as error:
-        raise _unreadable(path, error) from error
+    with opened(path) as source, _naming(path):
+        return _locate(source, path).header
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -60,71 +106,208 @@ def is_artifact(path: str | Path) -> bool:
 def read(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:
     """The header and all tensors, after every check: presence, checksum, shape, type, range.
 
+    Args:
+        path: of the file, or its URL.
+
+    Returns:
+        The header, and `<layer>.codes` (int8), the float32 and int32 tensors and, where the file has it, `graph` (uint8).
+
     Raises:
-        UserError: there is no such file, or it is not an artifact that this package reads, or it is altered.
+        UserError: there is no such file, or it is not an artifact that this package reads, or it is altered or cut off.
     """
+    located, tensors = read_part(path, lambda header: header.widths[0], graph=True)
+    return located.header, tensors
+
+
+def read_part(
+    path: str | Path, planes: Callable[[Header], int], *, graph: bool = False
+) -> tuple[Located, dict[str, np.ndarray]]:
+    """As `read`, but only so many planes: nothing else of the file is read, and it may be cut off behind them.
+
+    Args:
+        path: of the file, or its URL.
+        planes: how many, given the header; see `codes.bits_read`. The bits of the others are 0 in the codes.
+        graph: whether to read the graph, too.
+
+    Raises:
+        UserError: as `read`; or what is wanted is not in a file that is cut off.
+    """
+    with opened(path) as source:
+        with _naming(path):
+            located = _locate(source, path)
+        header = located.header
+        count = planes(header)
+        unwanted = {plane_name(i) for i in range(count, header.widths[0])} | (set() if graph else {GRAPH})
+        with _naming(path):
+            found = _read(source, located, [name for name in located.entries if name not in unwanted])
+            given = [found.pop(plane_name(i)) for i in range(count)]
+            _check(header, found)
+    return located, found | _unpack(header, given)
+
+
+def read_planes(located: Located, first: int, stop: int) -> dict[str, np.ndarray]:
+    """`<layer>.codes` with the bits of planes `first` to before `stop` alone, the others 0. Nothing else is read.
+
+    Raises:
+        UserError: the file is gone, cut off, altered, or another than it was.
+    """
+    with opened(located.path) as source, _naming(located.path):
+        names = [plane_name(i) for i in range(first, stop)]
+        return _unpack(located.header, list(_read(source, located, names).values()), first)
+
+
+def _locate(source: Source, path: str | Path) -> Located:
+    table, start = container.read_table(source)
+    text = container.metadata(table, KEY)
+    if text is None:
+        raise Damaged("it is not an artifact of bitswitch (no such header)")
+    header = Header.from_text(text)
+    entries = container.entries(table, start)
+    _check_layout(header, entries)
+    end = max(entry.stop for entry in entries.values())
+    if source.size > end:
+        raise Damaged(f"{source.size - end} bytes follow its last tensor")
+    return Located(path=str(path), header=header, entries=entries)
+
+
+def _check_layout(header: Header, entries: Mapping[str, Entry]) -> None:
+    """Every tensor of the header and no other; floats first, planes last, the most significant first."""
+    if entries.keys() != header.checksums.keys():
+        missing = sorted(header.checksums.keys() - entries.keys())
+        extra = sorted(entries.keys() - header.checksums.keys())
+        raise Damaged(f"it lacks tensor {missing[0]!r}" if missing else f"it has a tensor of its own, {extra[0]!r}")
+    planes = [plane_name(i) for i in range(header.widths[0])]
+    names = list(entries)
+    if names[-len(planes) :] != planes:
+        raise Damaged(f"its planes do not come last, from {planes[0]} to {planes[-1]}")
+    size = plane_bytes([layer.shape for layer in header.layers])
+    for name in planes:
+        _check_entry(name, entries[name], "U8", (size,))
+    rest = names[: -len(planes)]
+    if GRAPH in rest:
+        if rest[-1] != GRAPH:
+            raise Damaged("its graph does not come right before the planes")
+        rest.pop()
+        _check_entry(GRAPH, entries[GRAPH], "U8", (entries[GRAPH].stop - entries[GRAPH].start,))
+    reserved = _reserved(header)
+    for name in rest:
+        if name in reserved or entries[name].dtype == "U8":
+            raise Damaged(f"it has a tensor {name!r} that this bitswitch does not know", "upgrade bitswitch")
+
+
+def _check_entry(name: str, entry: Entry, dtype: str, shape: tuple[int, ...]) -> None:
+    if (entry.dtype, entry.shape) != (dtype, shape):
+        raise Damaged(f"tensor {name!r} is {entry.dtype} {list(entry.shape)}, not {dtype} {list(shape)}")
+
+
+def _reserved(header: Header) -> set[str]:
+    """Names that no float32 or int32 tensor may have."""
+    layers = [layer.name for layer in header.layers]
+    planes = {plane_name(i) for i in range(MOST_BITS)}
+    return {
+        GRAPH,
+        *planes,
+        *(f"multiplier.{name}" for name in layers),
+        *(tensor_name(name, "codes") for name in layers),
+    }
+
+
+def _check_names(header: Header, tensors: Mapping[str, np.ndarray]) -> None:
+    reserved = _reserved(header)
+    for name, array in tensors.items():
+        if (name == GRAPH) != (array.dtype == np.uint8) or (name in reserved and name != GRAPH):
+            raise UserError(
+                f"tensor {name!r} ({array.dtype}) has a name that the artifact keeps for its own: rename it"
+            )
+        if array.dtype not in _NAMES:
+            raise UserError(f"tensor {name!r} is {array.dtype}: the artifact holds float32 and int32")
+
+
+def _read(source: Source, located: Located, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Tensors of the file, given in its order: neighbours in one read, each held against its checksum."""
+    _check_reach(source, located, names)
+    entries = {name: located.entries[name] for name in names}
+    found = {}
+    for run in _runs(entries):
+        first = entries[run[0]].start
+        content = source.read(first, entries[run[-1]].stop)
+        for name in run:
+            entry = entries[name]
+            part = memoryview(content)[entry.start - first : entry.stop - first]
+            if checksum(entry.dtype, entry.shape, part) != located.header.checksums[name]:
+                raise Damaged(f"tensor {name!r} is altered (its checksum differs)")
+            # A copy, so that a bias does not keep the planes beside it in memory.
+            found[name] = np.frombuffer(part, DTYPES[entry.dtype]).reshape(entry.shape).copy()
+    return found
+
+
+def _runs(entries: Mapping[str, Entry]) -> Iterator[list[str]]:
+    """The names, those that touch one another together."""
+    gap, stop, gaps = 0, None, {}
+    for name, entry in entries.items():
+        gap += entry.start != stop
+        gaps[name], stop = gap, entry.stop
+    for _, run in groupby(entries, gaps.__getitem__):
+        yield list(run)
+
+
+def _check_reach(source: Source, located: Located, names: Sequence[str]) -> None:
+    """Say of a file that is cut off what it can still do, before anything of it is read."""
+    header, entries = located.header, located.entries
+    if all(entries[name].stop <= source.size for name in names):
+        return
+    whole = sum(entries[plane_name(i)].stop <= source.size for i in range(header.widths[0]))
+    served = [width for width in header.widths if bits_read(header.widths[0], width) <= whole]
+    what = f"it serves {served[0]} bits at most" if served else "it serves no width"
+    advice = f"load bits={served[0]}, or fetch the rest" if served else "fetch the rest"
+    raise Damaged(f"it is cut off after {source.size} bytes, with {whole} of {header.widths[0]} planes: {what}", advice)
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Tell of damage with the file's name, in one line."""
     try:
-        with safe_open(path, framework="numpy") as stream:
-            header = _header(stream.metadata())
-            names = set(stream.keys())
-            _same_names(names, header)
-            tensors = {name: stream.get_tensor(name) for name in sorted(names)}
-        for name, array in tensors.items():
-            if _checksum(array) != header.checksums[name]:
-                raise UserError(f"tensor {name!r} is altered (its checksum differs)")
-        _check(header, tensors)
-    except (OSError, SafetensorError, UserError) as error:
-        raise _unreadable(path, error) from error
-    return header, tensors
+        yield
+    except Damaged as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be used: {reason[:300]}; {error.advice}") from error
 
 
-def _unreadable(path: str | Path, error: Exception) -> UserError:
-    if not Path(path).exists():
-        return UserError(f"{path}: there is no such file")
-    if Path(path).is_dir():
-        return UserError(f"{path} is a folder, not an artifact")
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"{path} cannot be used: {reason}; make or fetch it again")
+def _unpack(header: Header, planes: Sequence[np.ndarray], first: int = 0) -> dict[str, np.ndarray]:
+    shapes = [layer.shape for layer in header.layers]
+    codes = unpack(planes, shapes, bits=header.widths[0], first=first)
+    return {tensor_name(layer.name, "codes"): array for layer, array in zip(header.layers, codes, strict=True)}
 
 
-def _header(metadata: Mapping[str, str] | None) -> Header:
-    if not metadata or KEY not in metadata:
-        raise UserError("it is not an artifact of bitswitch (no such header)")
-    return Header.from_text(metadata[KEY])
-
-
-def _same_names(found: set[str], header: Header) -> None:
-    if found != set(header.checksums):
-        missing, extra = sorted(set(header.checksums) - found), sorted(found - set(header.checksums))
-        raise UserError(f"it lacks tensor {missing[0]!r}" if missing else f"it has a tensor of its own, {extra[0]!r}")
+def _check_codes(header: Header, codes: Sequence[np.ndarray]) -> None:
+    low, high = signed_range(header.widths[0])
+    for layer, array in zip(header.layers, codes, strict=True):
+        name = tensor_name(layer.name, "codes")
+        if array.dtype != np.int8 or array.shape != layer.shape:
+            raise UserError(f"tensor {name!r} is {array.dtype} {array.shape}, not int8 {layer.shape}")
+        if array.min() < low or array.max() > high:
+            raise UserError(f"codes of {layer.name!r} exceed {layer.bits} bits")
 
 
 def _check(header: Header, tensors: Mapping[str, np.ndarray]) -> None:
     """Shapes, types and ranges of what the layers need."""
 
-    def need(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+    def need(layer: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
+        name = tensor_name(layer, key)
         if name not in tensors:
-            raise UserError(f"it lacks tensor {name!r}")
+            raise Damaged(f"it lacks tensor {name!r}")
         array = tensors[name]
-        if array.dtype != dtype or array.shape != shape:
-            raise UserError(f"tensor {name!r} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
+        if array.dtype != np.float32 or array.shape != shape:
+            raise Damaged(f"tensor {name!r} is {array.dtype} {array.shape}, not float32 {shape}")
+        if not np.isfinite(array).all():
+            raise Damaged(f"tensor {name!r} is not finite")
         return array
 
     count = len(header.widths)
     for layer in header.layers:
         scales = (layer.shape[0], *[1] * (len(layer.shape) - 1)) if header.per_channel else ()
-        stored = need(tensor_name(layer.name, "codes"), np.int8, layer.shape)
-        low, high = signed_range(layer.bits)
-        if stored.min() < low or stored.max() > high:
-            raise UserError(f"codes of {layer.name!r} exceed {layer.bits} bits")
-        for name, shape in (("weight_scale", scales), ("input_scale", (count,))):
-            scale = need(tensor_name(layer.name, name), np.float32, shape)
-            if not (np.isfinite(scale).all() and (scale > 0).all()):
-                raise UserError(
-                    f"tensor {tensor_name(layer.name, name)!r} holds a scale that is not positive and finite"
-                )
-        if (
-            layer.input == "zero_point"
-            and not np.isfinite(need(tensor_name(layer.name, "input_offset"), np.float32, (count,))).all()
-        ):
-            raise UserError(f"tensor '{layer.name}.input_offset' is not finite")
+        for key, shape in (("weight_scale", scales), ("input_scale", (count,))):
+            if not (need(layer.name, key, shape) > 0).all():
+                raise Damaged(f"tensor {tensor_name(layer.name, key)!r} holds a scale that is not positive")
+        if layer.input == "zero_point":
+            need(layer.name, "input_offset", (count,))

@@ -1,17 +1,20 @@
 """What an artifact says of itself: a JSON document in the metadata of the safetensors file."""
 
-import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bitswitch import codes, files
+from bitswitch.artifact.container import MOST_DIMENSIONS, MOST_SIZE, strict_json
 from bitswitch.artifact.frontier import check_choice
-from bitswitch.errors import UserError
+from bitswitch.artifact.source import Damaged
 
-VERSION = 1
+VERSION = 2
 KEY = "bitswitch"
+_NO_DIGEST = "0" * 64
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def tensor_name(module: str, key: str) -> str:
@@ -55,7 +58,7 @@ class Header:
         preprocessing: {"shape": [C, H, W], "mean": [...], "std": [...], "resize": ..., "crop": ...}, or None.
         classes: names in the order of the logits, or None.
         provenance: how the file came about: recipe, seed, versions, accuracies.
-        checksums: {tensor: first 16 hexadecimal digits of the SHA-256 of its bytes}.
+        checksums: {tensor of the file: see `file.checksum`}.
     """
 
     widths: tuple[int, ...]
@@ -72,40 +75,43 @@ class Header:
     checksums: Mapping[str, str]
 
     def to_text(self) -> str:
-        """Canonical JSON."""
+        """Canonical JSON, its digest in it."""
         value = asdict(self) | {"version": VERSION}
         for layer in value["layers"]:
             layer["squared_error"] = {str(width): error for width, error in layer["squared_error"].items()}
-        return files.canonical_json(value)
+        return sealed(value)
 
     @classmethod
     def from_text(cls, text: str) -> "Header":
         """The inverse of `to_text`.
 
         Raises:
-            UserError: it is not a header of a version that this package reads.
+            Damaged: it is not a header of a version that this package reads, or it is altered.
         """
         try:
-            value = json.loads(text, parse_constant=_no_constant)
+            value = strict_json(text)
             version = value.pop("version")
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"its header is not one of bitswitch ({error})") from error
-        if version != VERSION:
-            raise UserError(
-                f"it is of format version {version!r}, this bitswitch reads version {VERSION}: upgrade bitswitch"
+        except (ValueError, KeyError) as error:
+            raise Damaged(f"its header is not one of bitswitch ({error})") from error
+        if type(version) is not int or version != VERSION:
+            raise Damaged(
+                f"it is of format version {version!r}, this bitswitch reads version {VERSION}", "upgrade bitswitch"
             )
         try:
+            digest = value.pop("digest")
+            if not _DIGEST.fullmatch(digest) or files.digest(text.replace(digest, _NO_DIGEST).encode()) != digest:
+                raise ValueError("it is altered (its digest differs)")
             return cls._checked(value)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise UserError(f"its header is damaged: {error}") from error
+            raise Damaged(f"its header is damaged: {error}") from error
 
     @classmethod
     def _checked(cls, value: dict[str, Any]) -> "Header":
         widths = codes.check_widths(value["widths"])
         layers = tuple(_layer(entry, widths) for entry in value["layers"])
         names = [layer.name for layer in layers]
-        if not layers or len(set(names)) != len(names):
-            raise ValueError("no layers, or one listed twice")
+        if not layers or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+            raise ValueError("no layers, or one without a name, or listed twice")
         if not set(value["norms"].values()) <= set(names):
             raise ValueError("a batch normalization follows no listed layer")
         if set(value["before"]) != set(value["norms"]) or not set(value["before"].values()) <= {None, *names}:
@@ -113,21 +119,26 @@ class Header:
         for key in ("network", "preprocessing", "provenance", "checksums"):
             if not isinstance(value[key], dict) and not (value[key] is None and key in ("network", "preprocessing")):
                 raise ValueError(f"{key} is not an object")
+        if not all(isinstance(value[key], bool) for key in ("per_channel", "transitional")):
+            raise ValueError("per_channel or transitional is neither true nor false")
         network = value["network"]
         if network is not None and not (isinstance(network["name"], str) and isinstance(network["args"], dict)):
             raise ValueError("the network has no name and arguments")
         classes = None if value["classes"] is None else tuple(str(name) for name in value["classes"])
-        frontier = tuple(check_choice(choice, names, widths) for choice in value["frontier"])
+        known = dict.fromkeys(names)
+        frontier = tuple(check_choice(choice, known, widths) for choice in value["frontier"])
         return cls(**value | {"widths": widths, "layers": layers, "classes": classes, "frontier": frontier})
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+def sealed(value: Mapping[str, Any]) -> str:
+    """The text of a header: canonical JSON with a digest, the SHA-256 of this very text with zeros for the digest."""
+    digest = files.digest(files.canonical_json({**value, "digest": _NO_DIGEST}).encode())
+    return files.canonical_json({**value, "digest": digest})
 
 
 def _layer(entry: dict[str, Any], widths: tuple[int, ...]) -> LayerEntry:
     shape = tuple(entry["shape"])
-    if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
+    if not 0 < len(shape) <= MOST_DIMENSIONS or not all(type(size) is int and 0 < size < MOST_SIZE for size in shape):
         raise ValueError(f"layer {entry['name']!r} has the shape {shape}")
     if (
         type(entry["bits"]) is not int

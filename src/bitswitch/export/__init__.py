@@ -1,5 +1,5 @@
 """From a torch model to an artifact, and back."""
 
-from bitswitch.export.artifact import load, save
+from bitswitch.export.artifact import load, save, upgrade
 
-__all__ = ["load", "save"]
+__all__ = ["load", "save", "upgrade"]

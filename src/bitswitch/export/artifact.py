@@ -1,6 +1,7 @@
 """`save` and `load`: a quantized torch model to its artifact and back, the codes equal to the last bit."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from bitswitch import artifact
 from bitswitch.artifact import tensor_name
+from bitswitch.assignment import Assignment
+from bitswitch.codes import bits_read
 from bitswitch.errors import UserError
 from bitswitch.models import build, is_trusted
-from bitswitch.nn import Plan, QuantizedLayer, SwitchableBatchNorm, apply, plan_of, switch
+from bitswitch.nn import Plan, QuantizedLayer, SwitchableBatchNorm, apply, plan_of, quantized_layers, switch
 
 
 def save(
@@ -77,27 +80,40 @@ def load(
     bits: int | None = None,
     model: nn.Module | Callable[..., nn.Module] | str | None = None,
     assignment: Mapping[str, int] | str | None = None,
+    cache_bytes: int | None = None,
 ) -> nn.Module:
     """The model of an artifact, in eval mode, with integer codes and no float weight in its quantized layers.
 
+    Where `bits` or `assignment` is given, only the bits that it needs are read, and `upgrade` reads more. So the file may be
+    cut off behind them.
+
     Args:
-        path: the artifact.
+        path: the artifact, or its URL, of any kind that fsspec knows: "https://...", read by ranges.
         bits: the width to stand at; the highest where neither this nor `assignment` is given.
         model: the network where the file does not name it, or names the user's own code, which is never imported on the
             word of a file: a float module, a function that builds one, or its name.
         assignment: widths by layer name; or a budget such as "avg<=4" (average bits) or "bytes<=100000", for which the best
             choice of the file's frontier is taken.
+        cache_bytes: memory for the float weights that are made from the codes, at their first use after a switch, and kept.
+            They are kept for as many widths as fit into it whole, and for none if none does. Where it is not given: for
+            the width in use.
 
     Raises:
-        UserError: the file is not a whole, unaltered artifact of a version that this package reads; the network is not
-            known or is another; the width is not in the file.
+        UserError: the file is not an unaltered artifact of a version that this package reads, or lacks what is needed; the
+            network is not known or is another; the width is not in the file.
     """
     if bits is not None and assignment is not None:
         raise UserError("give bits= or assignment=, not both")
-    header, tensors = artifact.read(path)
+    wanted = bits if assignment is None else assignment
+
+    def planes(header: artifact.Header) -> int:
+        return max(bits_read(header.widths[0], width) for width in _widths(path, header, wanted).values())
+
+    located, tensors = artifact.read_part(path, planes)
+    header = located.header
     # Building draws initial weights; the caller's random numbers are not to be moved by it.
     with torch.random.fork_rng(devices=[]):
-        network = _network(path, header, model)
+        network = _network(located, model)
     plan = Plan(
         widths=header.widths,
         layers={layer.name: layer.input for layer in header.layers},  # type: ignore[misc]
@@ -111,45 +127,107 @@ def load(
     )
     loaded = apply(network, plan)
     try:
-        _fill(loaded, header, tensors)
+        _fill(loaded, header, tensors, planes(header))
     except (UserError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not fit this {type(loaded).__name__}: {reason[:300]}") from error
     loaded.requires_grad_(False).eval()
-    wanted = bits if assignment is None else _assignment(path, header, assignment)
-    if wanted is not None:
-        switch(loaded, wanted)
+    loaded.bitswitch_located = located  # type: ignore[assignment]
+    switch(loaded, _widths(path, header, wanted))
+    if cache_bytes is not None:
+        layers = quantized_layers(loaded).values()
+        copy_bytes = sum(layer.stored_shape.numel() * layer.weight_quantizer.scale().element_size() for layer in layers)
+        for layer in layers:
+            layer.kept.most = max(cache_bytes, 0) // copy_bytes
     return loaded
 
 
-def _assignment(path: str | Path, header: artifact.Header, wanted: Mapping[str, int] | str) -> Mapping[str, int]:
-    if not isinstance(wanted, str):
-        return wanted
+def upgrade(model: nn.Module, bits: int | None = None) -> None:
+    """Read what a model lacks for a higher width from where it was loaded, and switch every layer to that width.
+
+    Only the bit planes that are missing are read. Nothing changes if anything is wrong.
+
+    Args:
+        model: from `load(..., bits=...)`.
+        bits: the width; the highest where it is not given.
+
+    Raises:
+        UserError: the model was not loaded from an artifact; it has no such width; the file is gone, cut off, or not the one
+            that it was.
+    """
+    located = getattr(model, "bitswitch_located", None)
+    if not isinstance(located, artifact.Located):
+        raise UserError(
+            f"this {type(model).__name__} was not loaded from an artifact: there is nothing to upgrade it from"
+        )
+    header = located.header
+    chosen = _widths(located.path, header, bits)
+    layers = quantized_layers(model)
+    if layers.keys() != {layer.name for layer in header.layers}:
+        raise UserError(f"this {type(model).__name__} has other layers than {located.path}: upgrade what was loaded")
+    needed = bits_read(header.widths[0], max(chosen.values()))
+    held = min(layer.planes for layer in layers.values())
+    if held < needed:
+        found = artifact.read_planes(located, held, needed)
+        for name, layer in layers.items():
+            assert layer.codes is not None
+            more = torch.from_numpy(found[tensor_name(name, "codes")]).to(layer.codes.device)
+            layer.store(layer.codes | more, layer.squared_errors(), planes=needed)
+    switch(model, chosen)
+
+
+def _widths(path: str | Path, header: artifact.Header, wanted: int | Mapping[str, int] | str | None) -> Assignment:
+    """The width of every layer that `load` was asked for."""
+    high = header.widths[0]
+    names = [layer.name for layer in header.layers]
     try:
-        return artifact.within_budget(header.frontier, wanted)["assignment"]
+        if wanted is None:
+            chosen: int | Mapping[str, int] = high
+        elif isinstance(wanted, str):
+            chosen = artifact.within_budget(header.frontier, wanted)["assignment"]
+        else:
+            chosen = wanted
+        return Assignment.of(chosen, layers=dict.fromkeys(names, high), widths=dict.fromkeys(names, header.widths))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _network(path: str | Path, header: artifact.Header, model: Any) -> nn.Module:
-    args = dict((header.network or {}).get("args") or {})
+def _network(located: artifact.Located, model: Any) -> nn.Module:
+    path, named = located.path, located.header.network
+    args = dict((named or {}).get("args") or {})
     if isinstance(model, nn.Module):
         return copy.deepcopy(model)
     if isinstance(model, str):
-        return build(model, args)
+        return _built(located, model, args)
     if model is not None:
         made = model(**args) if callable(model) else None
         if not isinstance(made, nn.Module):
             raise UserError(f"model={model!r} is neither a network, nor a function that returns one, nor a name")
         return copy.deepcopy(made)
-    if header.network is None:
+    if named is None:
         raise UserError(f"{path} does not name its network: give it with model= (--model on the command line)")
-    if not is_trusted(header.network["name"]):
+    if not is_trusted(named["name"]):
         raise UserError(
-            f"{path} names the network {header.network['name']!r}, and no code is imported on the word of a file: "
-            f"if you trust it, give model={header.network['name']!r} (--model on the command line)"
+            f"{path} names the network {named['name']!r}, and no code is imported on the word of a file: "
+            f"if you trust it, give model={named['name']!r} (--model on the command line)"
         )
-    return build(header.network["name"], args)
+    return _built(located, named["name"], args)
+
+
+def _built(located: artifact.Located, name: str, args: Mapping[str, Any]) -> nn.Module:
+    """The network by name; arguments that ask for a far greater one than the file holds are refused before it is made."""
+    if is_trusted(name):
+        try:
+            with torch.device("meta"):
+                asked = sum(parameter.numel() for parameter in build(name, args).parameters())
+        except (NotImplementedError, RuntimeError):
+            # Some networks compute with values while they are built, which meta tensors do not have.
+            asked = 0
+        stored = sum(math.prod(entry.shape) for entry in located.entries.values() if entry.dtype != "U8")
+        stored += sum(math.prod(layer.shape) for layer in located.header.layers)
+        if asked > stored:
+            raise UserError(f"{located.path} names a {name!r} of {asked} parameters, and holds {stored}")
+    return build(name, args)
 
 
 def _entry(name: str, layer: QuantizedLayer, plan: Plan) -> artifact.LayerEntry:
@@ -227,7 +305,7 @@ def _storable(name: str, tensor: Tensor, *, learned: bool) -> np.ndarray:
     return tensor.to(torch.int32).cpu().numpy()
 
 
-def _fill(model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.ndarray]) -> None:
+def _fill(model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.ndarray], planes: int) -> None:
     """Put an artifact's tensors into the structure made for them; every tensor must find its place and every place one."""
     rest = {name: torch.from_numpy(array) for name, array in tensors.items()}
     errors = {layer.name: layer.squared_error for layer in header.layers}
@@ -236,7 +314,7 @@ def _fill(model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.nd
         if isinstance(module, QuantizedLayer):
             if module.weight is None or module.weight.shape != rest[tensor_name(name, "codes")].shape:
                 raise UserError(f"the weight of {name!r} has another shape")
-            module.store(rest[tensor_name(name, "codes")], errors[name])
+            module.store(rest[tensor_name(name, "codes")], errors[name], planes=planes)
             state |= _layer_state(name, module, rest)
         elif isinstance(module, SwitchableBatchNorm):
             state |= _norm_state(name, module, rest)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitswitch.codes import narrow
+from bitswitch.codes import bits_read
+from bitswitch.errors import UserError
+from bitswitch.nn.kept import KeptWeights
 from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer
 
 Self = TypeVar("Self", bound="QuantizedLayer")
@@ -17,13 +19,20 @@ class QuantizedLayer(nn.Module):
     """What all quantized layers share: a width in use, a quantizer for the weight, one for the input.
 
     In training, `weight` is a float parameter and `codes` is None. After `freeze`, and in a model loaded from an
-    artifact, `weight` is None and `codes` holds the stored integers, int8, in the shape of the weight.
+    artifact, `weight` is None and `codes` holds the stored integers, int8, in the shape of the weight. The float weight
+    of the width in use is then made from them when it is first needed, and kept until others are.
+
+    Attributes:
+        planes: how many of the most significant bits of `codes` are known; the others are 0.
+        kept: the float weights made from `codes`.
     """
 
     weight: Any  # nn.Parameter | None, but torch declares it without the None
     bias: Any
     codes: Tensor | None
     width: int
+    planes: int
+    kept: KeptWeights
     weight_quantizer: Any  # a WeightQuantizer, or a PerWidthWeightQuantizer in comparisons
     input_quantizer: ActivationQuantizer
     _errors: Mapping[int, float]
@@ -41,7 +50,8 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizer = weights
         self.input_quantizer = inputs
         self.register_buffer("codes", None)
-        self.width = weights.high
+        self.width = self.planes = weights.high
+        self.kept = KeptWeights()
         return self
 
     @property
@@ -55,16 +65,50 @@ class QuantizedLayer(nn.Module):
         return self.weight.shape if self.codes is None else self.codes.shape
 
     def weight_at(self, width: int) -> Tensor:
-        """The weight as it is at `width` bits: float, the shape of the weight."""
-        if self.codes is None:
+        """The weight as it is at `width` bits: float, the shape of the weight.
+
+        Raises:
+            UserError: the codes were loaded without the bits for this width.
+        """
+        return self._weight(width, lent=True)
+
+    def _weight(self, width: int, *, lent: bool) -> Tensor:
+        """`weight_at`; where `lent` is false, the caller drops it before the width changes."""
+        codes = self.codes
+        if codes is None:
             return self.weight_quantizer(self.weight, width)
-        high = self.weight_quantizer.high
-        return narrow(self.codes, high, width) * (self.weight_quantizer.scale() * 2 ** (high - width))
+        self.check_served(width)
+        return self.kept.at(codes, self.weight_quantizer, width, lent=lent)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # To another device or type.
+        self.kept.clear()
+        return super()._apply(fn, recurse)
+
+    def check_served(self, width: int) -> None:
+        """Raise where the bits for a width of this layer are not there.
+
+        Raises:
+            UserError: the codes were loaded without them.
+        """
+        high = self.widths[0]
+        if bits_read(high, width) > self.planes:
+            raise UserError(
+                f"{width} bits are not loaded: the model holds {self.planes} of {high} bit planes; "
+                f"bitswitch.upgrade(model, bits={width}) reads the rest"
+            )
 
     @torch.no_grad()
     def stored_codes(self) -> Tensor:
-        """The codes of the highest width: int8, the shape of the weight."""
-        return self.weight_quantizer.codes(self.weight) if self.codes is None else self.codes
+        """The codes of the highest width: int8, the shape of the weight.
+
+        Raises:
+            UserError: the codes were loaded without all of their bits.
+        """
+        if self.codes is None:
+            return self.weight_quantizer.codes(self.weight)
+        self.check_served(self.widths[0])
+        return self.codes
 
     @torch.no_grad()
     def squared_errors(self) -> Mapping[int, float]:
@@ -74,10 +118,18 @@ class QuantizedLayer(nn.Module):
         weight = self.weight.double()
         return {width: float((self.weight_at(width).double() - weight).square().sum()) for width in self.widths}
 
-    def store(self, codes: Tensor, squared_errors: Mapping[int, float]) -> None:
-        """Hold these codes, and drop the float weight."""
+    def store(self, codes: Tensor, squared_errors: Mapping[int, float], *, planes: int | None = None) -> None:
+        """Hold these codes, and drop the float weight.
+
+        Args:
+            codes: of the highest width, int8, the shape of the weight.
+            squared_errors: see `squared_errors`.
+            planes: how many of their bits are known; all where not given.
+        """
         self.codes, self._errors = codes, dict(squared_errors)
+        self.planes = self.weight_quantizer.high if planes is None else planes
         self.weight = None
+        self.kept.clear()
 
     def freeze(self) -> None:
         """Hold the codes of the highest width, and drop the float weight."""
@@ -85,7 +137,9 @@ class QuantizedLayer(nn.Module):
             self.store(self.stored_codes(), self.squared_errors())
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor, nn.Parameter | None]:
-        return self.input_quantizer(x, self.width), self.weight_at(self.width), self.bias
+        # A backward may come after a switch.
+        lent = torch.is_grad_enabled()
+        return self.input_quantizer(x, self.width), self._weight(self.width, lent=lent), self.bias
 
 
 class Conv1d(QuantizedLayer, nn.Conv1d):

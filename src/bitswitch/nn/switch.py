@@ -38,7 +38,7 @@ def switch(model: nn.Module, wanted: int | Mapping[str, int]) -> None:
     A batch normalization follows the layer before it. A backward that runs later uses the widths of its own forward.
 
     Raises:
-        UserError: no layer has that name, or a layer does not have that width (a ValueError).
+        UserError: no layer has that name, or a layer does not have that width, or its bits were not loaded (a ValueError).
     """
     layers = quantized_layers(model)
     chosen = Assignment.of(
@@ -46,6 +46,8 @@ def switch(model: nn.Module, wanted: int | Mapping[str, int]) -> None:
         layers={name: layer.width for name, layer in layers.items()},
         widths={name: layer.widths for name, layer in layers.items()},
     )
+    for name, width in chosen.items():
+        layers[name].check_served(width)
     for name, width in chosen.items():
         layers[name].width = width
 

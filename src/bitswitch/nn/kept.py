@@ -1,0 +1,87 @@
+"""Float weights that were made from integer codes, and are kept while their width is in use."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitswitch.codes import narrow
+from bitswitch.nn.quantizers import WeightQuantizer
+
+
+class KeptWeights:
+    """The float weights of a layer at the widths used latest. Copies and pickles start with none.
+
+    Args:
+        most: for how many widths a weight is kept.
+    """
+
+    def __init__(self, most: int = 1) -> None:
+        self.most = most
+        self.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptWeights, (self.most,)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._weights: dict[int, Tensor] = {}
+        self._lent: set[int] = set()
+        self._made_of: tuple[int, ...] = ()
+
+    def at(self, codes: Tensor, quantizer: WeightQuantizer, width: int, *, lent: bool) -> Tensor:
+        """`narrow(codes) * s_h * 2^(h-l)`, kept or made now.
+
+        Args:
+            codes: of the highest width, int8.
+            quantizer: whose scale it is.
+            width: of the weight.
+            lent: somebody may still hold the weight after its width is no longer in use.
+        """
+        parameter = quantizer.scale_parameter
+        # A graph that is compiled, exported or traced holds the integers; and a scale that learns moves.
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not self.most or tracing or parameter.requires_grad:
+            return _dequantized(codes, quantizer.scale(), quantizer.high, width)
+        made_of = (id(codes), _version(codes), id(parameter), _version(parameter))
+        if made_of != self._made_of:
+            self.clear()
+            self._made_of, self._scale = made_of, quantizer.scale()
+        weight = self._weights.pop(width, None)
+        if weight is None:
+            # In inference mode the weight would be one that no later backward to an input may use.
+            with torch.inference_mode(False):
+                weight = _dequantized(codes, self._scale, quantizer.high, width, out=self._spare())
+        # What stands for a tensor while a tracer runs must not outlive it.
+        if type(weight) is Tensor:
+            self._weights[width] = weight
+            if lent:
+                self._lent.add(width)
+        return weight
+
+    def _spare(self) -> Tensor | None:
+        """Make room for one more. Returns the memory of one that is dropped, if nobody else can hold it."""
+        dropped = None
+        while len(self._weights) >= self.most:
+            width = next(iter(self._weights))
+            dropped = self._weights.pop(width)
+            # On a GPU torch keeps memory anyway, and another stream may still read this.
+            if width in self._lent or not dropped.is_cpu:
+                dropped = None
+            self._lent.discard(width)
+        return dropped
+
+
+def _dequantized(codes: Tensor, scale: Tensor, high: int, width: int, out: Tensor | None = None) -> Tensor:
+    narrowed = narrow(codes, high, width)
+    # The first touch of new memory costs as much as all the arithmetic.
+    weight = narrowed.to(scale.dtype) if out is None else out.copy_(narrowed)
+    return weight.mul_(scale * 2 ** (high - width))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to; of those made in inference mode torch does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
