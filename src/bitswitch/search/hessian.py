@@ -3,18 +3,17 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitswitch.errors import UserError, nearest
 from bitswitch.nn import QuantizedLayer, evaluating
-from bitswitch.search.probes import TRACED, Job, Kind, LossFunction, Prober, prober
+from bitswitch.search.probes import TRACED, Job, Kind, Layer, LossFunction, Prober, prober
 
 # A standard error from fewer values than this may be small by luck, and stop the search.
 _VALUES = 20
@@ -58,8 +57,7 @@ def hessian_trace(
         loss_fn: `loss_fn(model, batch)`, a scalar tensor, twice differentiable.
         batches: visited one at a time, all in every round; where they can be visited only once, `target` must be None.
         layers: names; where None, all nn.Conv1d, nn.Conv2d and nn.Linear that the loss depends on.
-        target: go on until the standard error of every layer that holds at least 1 % of the summed absolute traces is at
-            most this share of its trace. None: one round of `probes`.
+        target: go on until `worst_error` is at most this. None: one round of `probes`.
         probes: at most so many of each kind for any layer, at least 2.
         seed: of the probes.
         rank: which of the `ranks` this is.
@@ -79,7 +77,7 @@ def hessian_trace(
     if target is not None and iter(batches) is batches:
         raise UserError("the batches can be visited only once: give a list or a loader, or target=None for one round")
     traced = _layers(model, layers)
-    with evaluating(model), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), _differentiable(traced):
+    with evaluating(model), torch.enable_grad(), _differentiable(traced):
         rest = iter(batches)
         first = next(rest, None)
         if first is None:
@@ -89,7 +87,7 @@ def hessian_trace(
         fewest = min(max(2, 1 + math.ceil(_VALUES / how.samples)), probes)
         count = fewest if target is not None else probes
         jobs = [Job(kind, tuple(how.layers), 0, count) for kind in how.kinds]
-        visited: Iterable[Any] = chain([first], rest)
+        visited: Iterable[Any] = chain(iter([first]), rest)
         del first
         while True:
             _visit(how, visited, jobs, tallies, rank, ranks)
@@ -104,20 +102,21 @@ def hessian_trace(
 
 
 def worst_error(traces: Mapping[str, Trace]) -> float:
-    """The greatest relative standard error among the layers that hold at least 1 % of the summed absolute traces."""
-    return max((_error(traces[name]) for name in _heavy(traces)), default=math.inf)
+    """The greatest of the layers' standard errors, each as a share of its trace.
+
+    Of 1 % of the summed absolute traces where a trace is smaller: such a layer matters little, but whether it is such a layer
+    must be known.
+    """
+    return max(_errors(traces).values())
 
 
-def _heavy(traces: Mapping[str, Trace]) -> list[str]:
-    total = sum(abs(trace.mean) for trace in traces.values())
-    return [name for name, trace in traces.items() if abs(trace.mean) >= 0.01 * total]
+def _errors(traces: Mapping[str, Trace]) -> dict[str, float]:
+    least = 0.01 * sum(abs(trace.mean) for trace in traces.values())
+    scales = {name: max(abs(trace.mean), least) for name, trace in traces.items()}
+    return {name: t.standard_error / scales[name] if t.standard_error else 0.0 for name, t in traces.items()}
 
 
-def _error(trace: Trace) -> float:
-    return trace.standard_error / abs(trace.mean) if trace.mean else math.inf
-
-
-def _layers(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Module]:
+def _layers(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Layer]:
     modules = dict(model.named_modules())
     if any(isinstance(module, QuantizedLayer) for module in modules.values()):
         raise UserError("the model is quantized, and rounding has no second derivative: give the float network")
@@ -129,9 +128,9 @@ def _layers(model: nn.Module, layers: Sequence[str] | None) -> dict[str, nn.Modu
 
 
 @contextmanager
-def _differentiable(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+def _differentiable(layers: Mapping[str, Layer]) -> Iterator[None]:
     """All weights take part for the length of a `with` block, frozen ones too."""
-    weights = [layer.get_parameter("weight") for layer in layers.values()]
+    weights = [layer.weight for layer in layers.values()]
     before = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:
@@ -199,9 +198,10 @@ def _visit(
         count += 1
         if index % ranks == rank:
             found = how.visit(batch, index, jobs)
-            sums += torch.tensor([of_job[name] for job, of_job in zip(jobs, found) for name in job.layers])
+            values = [of_job[name] for job, of_job in zip(jobs, found, strict=True) for name in job.layers]
+            sums += torch.tensor(values, dtype=torch.float64)
     if ranks > 1:
-        device = next(iter(how.layers.values())).get_parameter("weight").device
+        device = next(iter(how.layers.values())).weight.device
         sums = sums.to(device)
         dist.all_reduce(sums)
     for (job, name), (mean, variance) in zip(keys, sums.tolist(), strict=True):
@@ -215,12 +215,24 @@ def _next_jobs(
     fewest: int,
     most: int,
 ) -> list[Job]:
-    """What brings the layers above the target there, by the spread so far: more of the probes whose noise is the larger."""
-    wanted: dict[Kind, dict[str, int]] = {"output": {}, "weight": {}}
-    for name in _heavy(traces):
-        error = _error(traces[name])
+    """What should bring the layers above the target there: more of the probes whose noise is the larger in each."""
+    outputs, jobs = 0, []
+    for name, error in _errors(traces).items():
         if error <= target:
             continue
         kind = max(tallies[name], key=lambda kind: tallies[name][kind].of_mean())
         tally = tallies[name][kind]
-        ...
+        first_alone = kind == "weight" and not tally.alone
+        counted = 0 if first_alone else tally.probes
+        more = fewest if first_alone else max(fewest, math.ceil(counted * ((error / target) ** 2 - 1)))
+        more = min(more, most - counted)
+        if more < 2:
+            continue
+        if kind == "output":
+            outputs = max(outputs, more)
+        else:
+            jobs.append(Job(kind, (name,), tally.drawn, more))
+    if outputs:
+        # One backward serves all layers, so all get what one needs.
+        jobs.append(Job("output", tuple(tallies), next(iter(tallies.values()))["output"].drawn, outputs))
+    return jobs
