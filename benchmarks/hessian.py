@@ -2,6 +2,7 @@
 
     python benchmarks/hessian.py cifar_resnet20 --weights FILE --data FOLDER [--images 256] [--batch 256] [--json OUT.json]
     python benchmarks/hessian.py resnet18 [--data FOLDER] [--images 8] [--batch 8] [--json OUT.json]
+    python benchmarks/hessian.py cifar_resnet20 --pairs 7 [...]         # single probes
 
 Wanted: a standard error of at most 10 % for every layer that holds at least 1 % of the summed absolute traces; ours also wants
 the other layers known to 0.1 % of that sum. PyHessian (PyPI) gets one layer at a time, by leaving only that weight's
@@ -15,6 +16,7 @@ on a graph that is there already; "weights" are ours where outputs and loss cann
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import math
@@ -36,6 +38,7 @@ from torchvision.datasets import ImageFolder
 import bitswitch as bs
 from bitswitch.machine import machine, source_commit
 from bitswitch.models import build, load_weights
+from bitswitch.search.probes import LossFunction, _Signs, prober
 
 warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
 with contextlib.redirect_stdout(io.StringIO()):
@@ -179,29 +182,28 @@ def to_target(model: nn.Module, batches: list[Batch], options: argparse.Namespac
 
 def one_probe(model: nn.Module, batches: list[Batch], options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of one probe for all layers, in pairs, on the first batch, with the graph there."""
-    batch, few, many = batches[0], 2, 6
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    times: dict[str, list[tuple[float, float]]] = {"outputs": [], "weights": []}
-    found = rival(model, [batch])
-    probed(found, 1)
-
-    def marginal(loss: Callable[[nn.Module, Batch], Tensor]) -> float:
-        # What more probes take more: the graph and the first look at the model are in both.
-        least, most = (
-            seconds(lambda n=n: bs.hessian_trace(model, loss, [batch], target=None, probes=n))[0] for n in (few, many)
-        )
-        return (most - least) / (many - few)
-
-    for _ in range(options.pairs):
-        for kind, loss in (("outputs", loss_fn), ("weights", opaque_loss_fn)):
-            theirs = seconds(lambda: probed(found, many - few))[0] / (many - few)
-            times[kind].append((theirs, marginal(loss)))
-    model.zero_grad(set_to_none=True)
     return {
-        kind: {"pairs_s": pairs, "ratio": statistics.median(theirs / own for theirs, own in pairs)}
-        for kind, pairs in times.items()
+        "outputs": in_pairs(model, loss_fn, batches[0], options),
+        "weights": in_pairs(model, opaque_loss_fn, batches[0], options),
     }
+
+
+def in_pairs(model: nn.Module, loss: LossFunction, batch: Batch, options: argparse.Namespace) -> dict[str, Any]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    how = prober(model, loss, batch, layers, options.seed, named=True)
+    run = how._run(batch)
+    if how.kinds == ("output",):
+        probe = functools.partial(how._output_probe, run, how._roots(run), list(layers))
+    else:
+        probe = functools.partial(how._weight_probe, run, how._gradients(run), list(layers))
+    found = rival(model, [batch])
+    pairs = []
+    for number in range(options.pairs + 1):
+        signs = _Signs(number)
+        pairs.append((seconds(functools.partial(probed, found, 1))[0], seconds(functools.partial(probe, signs))[0]))
+    pairs = pairs[1:]  # the first warms up
+    model.zero_grad(set_to_none=True)
+    return {"pairs_s": pairs, "ratio": statistics.median(theirs / own for theirs, own in pairs)}
 
 
 def parsed() -> argparse.Namespace:
@@ -209,11 +211,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("network", choices=SIZE)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", type=Path, help="a folder of classes; random images without")
+    parser.add_argument("--data-name", default="images", help="what to call it in the result")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--probes", type=int, default=8, help="PyHessian's for each layer, at least 2")
     parser.add_argument("--repeats", type=int, default=5, help="of ours")
-    parser.add_argument("--pairs", type=int, default=5, help="of single probes; 0: none")
+    parser.add_argument("--pairs", type=int, default=0, help="of single probes; with these, nothing else is timed")
     parser.add_argument("--opaque", action="store_true", help="ours to the target without seeing the outputs as well")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0)
@@ -227,58 +230,62 @@ def parsed() -> argparse.Namespace:
 COLUMNS = ["what", "images", "batch", "ours s", "PyHessian s", "times faster", "PyHessian probes"]
 
 
-def rows_of(options: argparse.Namespace, found: dict[str, Any], probe: dict[str, Any]) -> list[list[Any]]:
-    sizes = [options.images, options.batch]
-    needed, median = found["pyhessian_probes_needed"], statistics.median(found["ours_s"])
-    target = f"{options.network}: {found['heavy_layers']} heavy layers to {TARGET:.0%}"
-    rows: list[list[Any]] = [[target, *sizes, median, found["pyhessian_s"], found["ratio"], needed]]
-    for own in found["opaque_s"]:
-        rows.append(
-            [f"{target}, outputs not seen", *sizes, own, found["pyhessian_s"], found["pyhessian_s"] / own, needed]
-        )
-    for kind, timed in probe.items():
+def rows_of_probe(options: argparse.Namespace, found: dict[str, Any]) -> list[list[Any]]:
+    rows = []
+    for kind, timed in found.items():
         theirs, own = (statistics.median(column) for column in zip(*timed["pairs_s"], strict=True))
         first = min(options.images, options.batch)
         rows.append([f"{options.network}: one probe, of {kind}", first, first, own, theirs, timed["ratio"], 1])
     return rows
 
 
+def rows_to_target(options: argparse.Namespace, found: dict[str, Any]) -> list[list[Any]]:
+    what = f"{options.network}: {found['heavy_layers']} heavy layers to {TARGET:.0%}"
+    sides = [(what, statistics.median(found["ours_s"]))]
+    sides += [(f"{what}, outputs not seen", own) for own in found["opaque_s"]]
+    theirs, needed = found["pyhessian_s"], found["pyhessian_probes_needed"]
+    return [[name, options.images, options.batch, own, theirs, theirs / own, needed] for name, own in sides]
+
+
 def main() -> None:
     options = parsed()
     torch.set_num_threads(options.threads)
     model, batches = network_of(options), batches_of(options)
-    probe = one_probe(model, batches, options) if options.pairs else {}
-    found = to_target(model, batches, options)
-    rows = rows_of(options, found, probe)
-    print(f"threads {options.threads}, torch {torch.__version__}, on the CPU")
+    if options.pairs:
+        found = one_probe(model, batches, options)
+        rows, note = (
+            rows_of_probe(options, found),
+            f"Median ratio of {options.pairs} pairs, each on a graph that is there.",
+        )
+    else:
+        found = to_target(model, batches, options)
+        rows = rows_to_target(options, found)
+        note = (
+            f"PyHessian layer by layer: {found['pyhessian_s_measured']:.0f} s MEASURED for {options.probes} probes a layer, "
+            f"{found['pyhessian_s']:.0f} s EXTRAPOLATED by their spread to {found['pyhessian_probes_needed']} probes. Ours: "
+            f"median of {len(found['ours_s'])} whole runs, between its layers."
+        )
+    note = f"Weights: {options.weights.name if options.weights else 'random'}. {note}"
+    print(f"threads {options.threads}, torch {torch.__version__}, on the CPU. {note}")
     print(" | ".join(COLUMNS))
     for row in rows:
         print(" | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
-    print(
-        f"PyHessian: {found['pyhessian_s_measured']:.1f} s measured ({options.probes} probes a layer), "
-        f"{found['pyhessian_s']:.1f} s EXTRAPOLATED to {found['pyhessian_probes_needed']} probes"
-    )
     if options.json:
-        write(options, rows, {**found, "probe": probe})
+        write(options, rows, note, found)
 
 
-def write(options: argparse.Namespace, rows: list[list[Any]], measured: dict[str, Any]) -> None:
+def write(options: argparse.Namespace, rows: list[list[Any]], note: str, measured: dict[str, Any]) -> None:
     """A result file, as `make results` reads it, with every single time beside the table."""
     where = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
     document = {
         "title": f"Traces of {options.network}'s Hessian, layer by layer, against PyHessian, on the CPU",
         "command": shlex.join(["python", *where]),
-        "data": "random" if options.data is None else options.data.name,
+        "data": "random" if options.data is None else options.data_name,
         "split": "none" if options.data is None else "train",
         "seeds": [options.seed],
         "commit": source_commit(),
         "machine": machine(),
-        "note": (
-            f"Weights: {options.weights.name if options.weights else 'random'}. PyHessian layer by layer: "
-            f"{measured['pyhessian_s_measured']:.0f} s measured ({options.probes} probes a layer), extrapolated by their "
-            f"spread; ours: median of {len(measured['ours_s'])} runs, from start to end, between its layers. One probe: "
-            f"median ratio of {options.pairs} pairs."
-        ),
+        "note": note,
         "columns": COLUMNS,
         "rows": [[round(cell, 3) if isinstance(cell, float) else cell for cell in row] for row in rows],
         "measured": measured,
