@@ -45,6 +45,17 @@ class Answer(Conv):
         return {"logits": super().forward(input_ids)}
 
 
+class Keeping(Conv):
+    """Its loss looks at more than the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc.register_forward_hook(self.keep)
+
+    def keep(self, layer, args, output):
+        self.kept = output
+
+
 class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
@@ -120,6 +131,10 @@ def with_decay(model, batch):
     return cross_entropy(model, batch) + 0.1 * sum((layer.weight**2).sum() for layer in (model.fc, model.head))
 
 
+def of_kept(model, batch):
+    return cross_entropy(model, batch) + (model.kept**4).mean()
+
+
 def indefinite(model, batch):
     return torch.sin(2 * model(batch[0])).sum(1).mean()
 
@@ -146,6 +161,7 @@ CASES = {
     "contrastive, opaque": (Conv, lambda m, b: contrastive(m.forward, b), images, WEIGHT, 1),
     "views": (Conv, views, images, WEIGHT, 1),
     "decay": (Conv, with_decay, images, WEIGHT, 6),
+    "keeping": (Keeping, of_kept, images, WEIGHT, 6),
     "transformer": (Transformer, cross_entropy, tokens, BOTH, 4),
     "attention": (Attention, cross_entropy, tokens, WEIGHT, 4),
     "recurrent": (Recurrent, cross_entropy, tokens, WEIGHT, 4),
@@ -208,16 +224,14 @@ def test_traces_are_the_exact_hessians(name):
     assert sum(trace.standard_error > 0 for trace in traces.values()) >= 2
 
 
-@pytest.mark.parametrize("name", ["relu", "softplus", "transformer", "recurrent"])
-def test_traces_at_the_target_are_the_exact_hessians(name):
+@pytest.mark.parametrize(("name", "target"), [("relu", 0.05), ("softplus", 0.4), ("transformer", 0.5)])
+def test_traces_at_the_target_are_the_exact_hessians(name, target):
     model, loss_fn, batches, exact = case(name)
     rounds = []
-    traces = hessian_trace(model, loss_fn, batches, target=0.2, seed=3, progress=lambda n, e: rounds.append((n, e)))
+    traces = hessian_trace(model, loss_fn, batches, target=target, seed=3, progress=lambda n, e: rounds.append((n, e)))
     assert all(close(trace, exact[layer]) for layer, trace in traces.items()), (traces, exact)
-    assert worst_error(traces) == rounds[-1][1] <= 0.2
-    assert all(error > 0.2 for _, error in rounds[:-1])
-    least = 0.01 * sum(abs(trace.mean) for trace in traces.values())
-    assert all(trace.standard_error <= 0.2 * max(abs(trace.mean), least) for trace in traces.values())
+    assert worst_error(traces) == rounds[-1][1] <= target
+    assert len(rounds) > 1 and all(error > target for _, error in rounds[:-1])
 
 
 @pytest.mark.parametrize("name", ["softplus", "answer"])
@@ -226,7 +240,7 @@ def test_standard_errors_are_honest(name):
     model, loss_fn, batches, exact = case(name, 1)
     held = dict.fromkeys(exact, 0)
     for seed in range(200):
-        for layer, trace in hessian_trace(model, loss_fn, batches, target=None, probes=10, seed=seed).items():
+        for layer, trace in hessian_trace(model, loss_fn, batches, target=None, probes=8, seed=seed).items():
             held[layer] += abs(trace.mean - exact[layer]) <= 1.96 * trace.standard_error + 1e-12
     if name == "softplus":
         assert held.pop("head") == 200  # S^(1/2) v has the same length for all v: no error at all
@@ -244,13 +258,13 @@ def test_piecewise_linear_networks_take_few_probes():
 def test_the_model_is_left_as_it_was():
     torch.manual_seed(0)
     model, batches = Conv().double(), images()
-    model.norm.eval()
+    model.fc.eval()
     model.conv.weight.requires_grad_(False)
     model.fc.weight.grad = torch.ones_like(model.fc.weight)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with torch.no_grad():
         free = hessian_trace(model, cross_entropy, batches, target=None, probes=2)
-    assert model.training and model.conv.training and not model.norm.training
+    assert model.training and model.norm.training and not model.fc.training
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["conv.weight"]
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["fc.weight"]
     assert model.fc.weight.grad.eq(1).all()
@@ -394,7 +408,7 @@ def test_bad_input():
         hessian_trace(model, loss_fn, [])
     with pytest.raises(UserError, match="at least 2"):
         hessian_trace(model, loss_fn, batches, probes=1)
-    quantized = bs.quantize(Conv(), example_inputs=torch.randn(4, 2, 5, 5))
+    quantized = bs.quantize(Conv(), keep=("unused",), example_inputs=torch.randn(4, 2, 5, 5))
     with pytest.raises(UserError, match=r"the model is quantized.*give the float network"):
         hessian_trace(quantized, loss_fn, batches)
 
