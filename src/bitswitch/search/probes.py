@@ -307,7 +307,9 @@ def _forward(
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for name in shifted:
             stack.callback(layers[name].register_forward_pre_hook(hide).remove)
-            stack.callback(layers[name].register_forward_hook(shift(name), with_kwargs=True).remove)
+            # Before the user's own hooks, which may keep the output for the loss.
+            hook = layers[name].register_forward_hook(shift(name), with_kwargs=True, prepend=True)
+            stack.callback(hook.remove)
         if cut:
             stack.callback(model.register_forward_hook(cut_off).remove)
         loss = loss_fn(model, batch)
