@@ -7,9 +7,9 @@
 Wanted: a standard error of at most 10 % for every layer that holds at least 1 % of the summed absolute traces; ours also wants
 the other layers known to 0.1 % of that sum. PyHessian (PyPI) gets one layer at a time, by leaving only that weight's
 requires_grad on: its probes are then smaller and hold no other layer's noise. From `--probes` timed probes a layer come the
-time of one and their spread; what more it needs is EXTRAPOLATED: (spread / (10 % of the trace))^2 probes, at least 7. Both get the same
-images, batches and threads; with `--every n` PyHessian gets every n-th layer alone, and the ratio is a lower bound. Ours is
-timed again and again between PyHessian's layers, and its median counts.
+time of one and their spread; what more it needs is EXTRAPOLATED: (spread / (10 % of the trace))^2 probes, at least 7. Both
+get the same images, batches and threads; with `--every n` PyHessian gets every n-th layer alone, and the ratio is a lower
+bound. Ours is timed again and again between PyHessian's layers, and its median counts.
 
 One probe of ours (all layers at once) is also timed against one of PyHessian's (the whole model), in pairs (A B A B ...), each
 on a graph that is there already; "weights" are ours where outputs and loss cannot be told apart, as in any other loss.
