@@ -1,18 +1,22 @@
 """Traces of the Hessian, layer by layer: how sharply the loss bends when a layer's weights move (HAWQ-V2, 1911.03852)."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 
 from bitswitch.errors import UserError, nearest
-from bitswitch.nn import evaluating
+from bitswitch.nn import QuantizedLayer, evaluating
+from bitswitch.search.probes import TRACED, Job, Kind, Layer, LossFunction, Prober, prober
 
-_TRACED = (nn.Conv1d, nn.Conv2d, nn.Linear)
+# A standard error from fewer values than this may be small by luck, and stop the search.
+_VALUES = 20
 
 
 @dataclass(frozen=True)
@@ -30,141 +34,205 @@ class Trace:
 
 def hessian_trace(
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
+    loss_fn: LossFunction,
     batches: Iterable[Any],
     *,
     layers: Sequence[str] | None = None,
-    probes: int = 20,
-    groups: int = 1,
-    target: float | None = None,
-    most_probes: int = 1000,
+    target: float | None = 0.1,
+    probes: int = 1000,
     seed: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
     progress: Callable[[int, float], None] | None = None,
 ) -> dict[str, Trace]:
-    """Hutchinson's estimate of the Hessian's trace for every layer's weight, in eval mode, by standard error.
+    """The trace of the Hessian's block for every layer's weight, in eval mode, with a standard error each.
 
-    A probe is a random vector of signs v; `v_i . (H v)_i` estimates the trace of layer i's block. One product H v serves all
-    layers of a group at once; more groups need more products a probe, but no layer's estimate then holds the cross terms of
-    layers in other groups. The loss is the mean over batches, and every probe sees every batch.
+    The loss is the mean over batches; every probe sees every batch. Which probes the model allows (bitswitch.search.probes) is
+    found out on the first batch: whether its output is one tensor of at most 1024 numbers a sample that alone decides the
+    loss, whether samples depend on each other, whether the outputs bend. The first round probes all layers at once. Later
+    rounds, up to the target, probe the layers whose error is too large, each alone where the noise is that of weight probes.
 
     Args:
-        model: a float network (its parameters and gradients are left as they are).
+        model: a float network. Its parameters, gradients and modes are left as they are; frozen weights count like others.
         loss_fn: `loss_fn(model, batch)`, a scalar tensor, twice differentiable.
-        batches: visited once for every round of probes; what can be iterated over again is streamed, never held.
+        batches: visited one at a time, all in every round; where they can be visited only once, `target` must be None.
         layers: names; where None, all nn.Conv1d, nn.Conv2d and nn.Linear that the loss depends on.
-        probes: how many in a round.
-        groups: how many groups the layers are dealt to, in turn; as many as layers: no cross terms at all.
-        target: go on until the standard error of every layer that holds at least 1 % of the summed absolute traces is at
-            most this share of its trace.
-        most_probes: stop there whatever the error is.
+        target: go on until `worst_error` is at most this. None: one round of `probes`.
+        probes: at most so many of each kind for any layer, at least 2.
         seed: of the probes.
-        progress: called after every round with the probes so far and the greatest relative error among those layers.
+        rank: which of the `ranks` this is.
+        ranks: processes of torch.distributed's default group. They share the batches: each is given all and computes every
+            ranks-th; all return the traces that one process would.
+        progress: called after every round with the most probes a layer has had and `worst_error`.
 
     Returns:
         {layer: its trace}, in the order of the network's definition.
 
     Raises:
-        UserError: a name is no layer's, the loss does not depend on a named layer, there are no batches, or a trace is not
-            finite.
+        UserError: a name is no layer's, the model is quantized, the loss does not depend on a named layer, there are no
+            batches or they cannot be visited again, or a trace is not finite.
     """
-    weights = _weights(model, layers)
-    samples: dict[str, list[float]] = {name: [] for name in weights}
-    with evaluating(model):
-        weights = _used(model, loss_fn, batches, weights, named=layers is not None)
+    if probes < 2:
+        raise UserError(f"probes={probes}: a standard error needs at least 2")
+    if target is not None and iter(batches) is batches:
+        raise UserError("the batches can be visited only once: give a list or a loader, or target=None for one round")
+    traced = _layers(model, layers)
+    with evaluating(model), torch.enable_grad(), _differentiable(traced):
+        rest = iter(batches)
+        first = next(rest, None)
+        if first is None:
+            raise UserError("there are no batches to take the trace over")
+        how = prober(model, loss_fn, first, traced, seed, named=layers is not None)
+        tallies = {name: {kind: _Tally() for kind in how.kinds} for name in how.layers}
+        fewest = min(max(2, 1 + math.ceil(_VALUES / how.samples)), probes)
+        count = fewest if target is not None else probes
+        jobs = [Job(kind, tuple(how.layers), 0, count) for kind in how.kinds]
+        visited: Iterable[Any] = chain(iter([first]), rest)
+        del first
         while True:
-            done = len(next(iter(samples.values()))) if weights else 0
-            for name, values in _round(
-                model, loss_fn, batches, weights, range(done, done + probes), groups, seed
-            ).items():
-                samples[name] += values
-            traces = {name: _estimate(name, samples[name]) for name in weights}
-            error = worst_error(traces)
+            _visit(how, visited, jobs, tallies, rank, ranks)
+            traces = {name: _trace(name, parts.values()) for name, parts in tallies.items()}
             if progress is not None:
-                progress(done + probes, error)
-            if target is None or error <= target or done + probes >= most_probes:
+                most = max(tally.probes for parts in tallies.values() for tally in parts.values())
+                progress(most, worst_error(traces))
+            jobs = [] if target is None else _next_jobs(tallies, traces, target, fewest, probes)
+            if not jobs:
                 return traces
+            visited = batches
 
 
 def worst_error(traces: Mapping[str, Trace]) -> float:
-    """The greatest relative standard error among the layers that hold at least 1 % of the summed absolute traces."""
-    total = sum(abs(trace.mean) for trace in traces.values())
-    heavy = [trace for trace in traces.values() if abs(trace.mean) >= 0.01 * total]
-    return max((t.standard_error / abs(t.mean) if t.mean else math.inf for t in heavy), default=math.inf)
+    """The greatest of the layers' standard errors, each as a share of its trace.
+
+    Of 1 % of the summed absolute traces where a trace is smaller: such a layer matters little, but whether it is such a layer
+    must be known.
+    """
+    return max(_errors(traces).values())
 
 
-def _weights(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Tensor]:
-    found = {name: module.weight for name, module in model.named_modules() if isinstance(module, _TRACED)}
+def _errors(traces: Mapping[str, Trace]) -> dict[str, float]:
+    least = 0.01 * sum(abs(trace.mean) for trace in traces.values())
+    scales = {name: max(abs(trace.mean), least) for name, trace in traces.items()}
+    return {name: t.standard_error / scales[name] if t.standard_error else 0.0 for name, t in traces.items()}
+
+
+def _layers(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Layer]:
+    modules = dict(model.named_modules())
+    if any(isinstance(module, QuantizedLayer) for module in modules.values()):
+        raise UserError("the model is quantized, and rounding has no second derivative: give the float network")
+    found = {n: m for n, m in modules.items() if isinstance(m, TRACED) and isinstance(m.weight, nn.Parameter)}
     for name in layers or ():
         if name not in found:
             raise UserError(f"no convolution or linear layer is named {name!r}{nearest(name, found)}")
     return found if layers is None else {name: found[name] for name in found if name in layers}
 
 
-def _used(
-    model: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
-    batches: Iterable[Any],
-    weights: Mapping[str, Tensor],
-    *,
-    named: bool,
-) -> dict[str, Tensor]:
-    """The weights that the loss of a batch depends on."""
-    for batch in batches:
-        gradients = torch.autograd.grad(loss_fn(model, batch), list(weights.values()), allow_unused=True)
-        used = {name: w for (name, w), g in zip(weights.items(), gradients, strict=True) if g is not None}
-        if named and len(used) < len(weights):
-            raise UserError(f"the loss does not depend on layer {next(name for name in weights if name not in used)!r}")
-        if not used:
-            raise UserError("the loss depends on no layer's weight")
-        return used
-    raise UserError("there are no batches to take the trace over")
+@contextmanager
+def _differentiable(layers: Mapping[str, Layer]) -> Iterator[None]:
+    """All weights take part for the length of a `with` block, frozen ones too."""
+    weights = [layer.weight for layer in layers.values()]
+    before = [weight.requires_grad for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, required in zip(weights, before, strict=True):
+            weight.requires_grad_(required)
 
 
-def _round(
-    model: nn.Module,
-    loss_fn: Callable[[nn.Module, Any], Tensor],
-    batches: Iterable[Any],
-    weights: Mapping[str, Tensor],
-    probes: range,
-    groups: int,
-    seed: int,
-) -> dict[str, list[float]]:
-    """For each layer, `v_i . (H v)_i` of each probe, averaged over batches."""
-    names, parameters = list(weights), list(weights.values())
-    members = [list(range(first, len(names), groups)) for first in range(min(groups, len(names)))]
-    total, count = torch.zeros(len(probes), len(names), dtype=torch.float64), 0
-    for batch in batches:
-        count += 1
-        gradients = torch.autograd.grad(loss_fn(model, batch), parameters, create_graph=True)
-        for row, probe in enumerate(probes):
-            signs = _signs(parameters, seed, probe)
-            for own in members:
-                products = torch.autograd.grad(
-                    [gradients[i] for i in own],
-                    [parameters[i] for i in own],
-                    [signs[i] for i in own],
-                    retain_graph=True,
-                    materialize_grads=True,
-                )
-                dots = torch.stack(
-                    [(signs[i] * hv).sum(dtype=torch.float64) for i, hv in zip(own, products, strict=True)]
-                )
-                total[row, own] += dots.cpu()
-        del gradients
-    return {name: (total[:, i] / count).tolist() for i, name in enumerate(names)}
+@dataclass
+class _Tally:
+    """The probes of one kind that a layer has had.
+
+    Attributes:
+        drawn: also those that do not count any more.
+        probes: those that count.
+        total: `probes` times their mean.
+        variance: of `total`.
+        alone: whether they moved no other layer.
+    """
+
+    drawn: int = 0
+    probes: int = 0
+    total: float = 0.0
+    variance: float = 0.0
+    alone: bool = False
+
+    def add(self, job: Job, mean: float, variance: float) -> None:
+        alone = len(job.layers) == 1
+        if alone and not self.alone and job.kind == "weight":
+            # Other layers' noise is in what came before; a mean would keep it.
+            self.probes, self.total, self.variance = 0, 0.0, 0.0
+        self.alone = alone
+        self.drawn = job.start + job.probes
+        self.probes += job.probes
+        self.total += job.probes * mean
+        self.variance += job.probes**2 * variance
+
+    def of_mean(self) -> float:
+        """The variance of the mean."""
+        return self.variance / self.probes**2
 
 
-def _signs(parameters: Sequence[Tensor], seed: int, probe: int) -> list[Tensor]:
-    """The probe's random signs, the same on every device and for every batch."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence((seed, probe)).generate_state(1)[0]))
-    return [
-        torch.randint(0, 2, p.shape, generator=generator).mul_(2).sub_(1).to(device=p.device, dtype=p.dtype)
-        for p in parameters
-    ]
-
-
-def _estimate(name: str, values: Sequence[float]) -> Trace:
-    if not all(math.isfinite(value) for value in values):
+def _trace(name: str, parts: Iterable[_Tally]) -> Trace:
+    parts = list(parts)
+    trace = Trace(sum(part.total / part.probes for part in parts), math.sqrt(sum(part.of_mean() for part in parts)))
+    if not math.isfinite(trace.mean) or not math.isfinite(trace.standard_error):
         raise UserError(f"the trace of layer {name!r} is not finite: check the model and the data")
-    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return Trace(float(np.mean(values)), spread)
+    return trace
+
+
+def _visit(
+    how: Prober,
+    batches: Iterable[Any],
+    jobs: Sequence[Job],
+    tallies: Mapping[str, Mapping[Kind, _Tally]],
+    rank: int,
+    ranks: int,
+) -> None:
+    """Do the jobs on this rank's share of the batches, and add to the tallies what all ranks found."""
+    keys = [(job, name) for job in jobs for name in job.layers]
+    sums, count = torch.zeros(len(keys), 2, dtype=torch.float64), 0
+    for index, batch in enumerate(batches):
+        count += 1
+        if index % ranks == rank:
+            found = how.visit(batch, index, jobs)
+            values = [of_job[name] for job, of_job in zip(jobs, found, strict=True) for name in job.layers]
+            sums += torch.tensor(values, dtype=torch.float64)
+    if ranks > 1:
+        device = next(iter(how.layers.values())).weight.device
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    for (job, name), (mean, variance) in zip(keys, sums.tolist(), strict=True):
+        tallies[name][job.kind].add(job, mean / count, variance / count**2)
+
+
+def _next_jobs(
+    tallies: Mapping[str, Mapping[Kind, _Tally]],
+    traces: Mapping[str, Trace],
+    target: float,
+    fewest: int,
+    most: int,
+) -> list[Job]:
+    """What should bring the layers above the target there: more of the probes whose noise is the larger in each."""
+    outputs, jobs = 0, []
+    for name, error in _errors(traces).items():
+        if error <= target:
+            continue
+        kind = max(tallies[name], key=lambda kind: tallies[name][kind].of_mean())
+        tally = tallies[name][kind]
+        first_alone = kind == "weight" and not tally.alone
+        counted = 0 if first_alone else tally.probes
+        more = fewest if first_alone else max(fewest, math.ceil(counted * ((error / target) ** 2 - 1)))
+        more = min(more, most - counted)
+        if more < 2:
+            continue
+        if kind == "output":
+            outputs = max(outputs, more)
+        else:
+            jobs.append(Job(kind, (name,), tally.drawn, more))
+    if outputs:
+        # One backward serves all layers, so all get what one needs.
+        jobs.append(Job("output", tuple(tallies), next(iter(tallies.values()))["output"].drawn, outputs))
+    return jobs
