@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-MIXED = ["sensitivity.images=64", "sensitivity.most_probes=20", "supernet.epochs=4", "search.points=6"]
+MIXED = ["sensitivity.images=64", "supernet.epochs=4", "search.points=6"]
 DIGITS = ["digits", "pretrain.epochs=6", "train.epochs=5", *MIXED]
 CIFAR = ["cifar10-resnet20", "model.name=cifar_resnet8", "pretrain.epochs=3", "train.epochs=3"]
 

@@ -20,7 +20,7 @@ from bitswitch.nn import TransitionalBatchNorm, plan_of
 
 SHORT = [
     *("pretrain.epochs=3", "train.epochs=2", "supernet.epochs=2"),
-    *("sensitivity.images=64", "sensitivity.most_probes=8", "search.points=6"),
+    *("sensitivity.images=64", "search.points=6"),
 ]
 
 

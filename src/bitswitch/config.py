@@ -107,7 +107,7 @@ class SensitivityPart(_Part):
     images: int = Field(1000, ge=1)
     batch_size: int = Field(128, ge=1)
     target: float = Field(0.1, gt=0)
-    most_probes: int = Field(200, ge=2)
+    probes: int = Field(1000, ge=2)
 
 
 class SupernetPart(QuantizedPart):

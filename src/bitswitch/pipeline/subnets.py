@@ -57,22 +57,24 @@ def sensitivity(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     # Attention is traced through the layers that `quantize` puts in its place.
     replace_attention(model)
     batches = _FirstImages(data, min(part.images, data.size("train")), part.batch_size, run.device)
-    rounds = 0
-    with run.reporter.progress("sensitivity", part.most_probes, 0) as advance:
+    drawn = 0
+    with run.reporter.progress("sensitivity", part.probes, 0) as advance:
 
         def tell(probes: int, error: float) -> None:
-            nonlocal rounds
-            for _ in range(rounds, probes):
+            nonlocal drawn
+            for _ in range(drawn, probes):
                 advance(f"greatest relative error {error:.2f} of {part.target:g}")
-            rounds = probes
+            drawn = probes
 
         traces = room.hessian_trace(
             model,
             _cross_entropy,
             batches,
             target=part.target,
-            most_probes=part.most_probes,
+            probes=part.probes,
             seed=run.recipe.seed,
+            rank=run.world.rank,
+            ranks=run.world.size,
             progress=tell,
         )
     weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
@@ -84,7 +86,7 @@ def sensitivity(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
         "split": "train",
         "images": batches.images,
         "seed": run.recipe.seed,
-        "probes": rounds,
+        "probes": drawn,
         "layers": {
             name: {
                 "trace": trace.mean,
@@ -96,7 +98,7 @@ def sensitivity(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     }
     if run.world.first:
         files.write_json(run.directory.sensitivity, document)
-    return {"probes": rounds}, [run.directory.sensitivity]
+    return {"probes": drawn}, [run.directory.sensitivity]
 
 
 def check(run: Run, data: DataSet) -> None:
