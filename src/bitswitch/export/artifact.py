@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,10 @@ from bitswitch.errors import UserError
 from bitswitch.models import build, is_trusted
 from bitswitch.nn import Plan, QuantizedLayer, SwitchableBatchNorm, apply, plan_of, switch
 
+# The tensor that holds the network's graph.
+GRAPH = "graph"
+Additions = Literal["requantized", "exact"]
+
 
 def save(
     model: nn.Module,
@@ -24,6 +28,8 @@ def save(
     preprocessing: Mapping[str, Any] | None = None,
     classes: tuple[str, ...] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    additions: Additions = "requantized",
 ) -> None:
     """Write the model's artifact: one integer code per quantized weight, scales, per-width parameters, float rest.
 
@@ -37,11 +43,31 @@ def save(
         preprocessing: {"shape", "mean", "std", "resize", "crop"} of the input.
         classes: names in the order of the logits.
         provenance: plain JSON values, kept as they are.
+        example_inputs: what the network is called with, a batch of real data: the network's graph is exported with it and
+            stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and `runtime`.
+        additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`; or "exact".
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be
             written.
     """
+    header, tensors = contents(model, network, preprocessing, classes, provenance)
+    if example_inputs is not None:
+        # Here, since it needs ONNX and ONNX Runtime, which who only saves need not have.
+        from bitswitch.export.graph import session_graph
+
+        tensors[GRAPH] = session_graph(model, header, tensors, example_inputs, additions)
+    artifact.write(path, header, tensors)
+
+
+def contents(
+    model: nn.Module,
+    network: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    classes: tuple[str, ...] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> tuple[artifact.Header, dict[str, np.ndarray]]:
+    """The header and the tensors of a model's artifact; see `save`."""
     plan = plan_of(model)
     if plan.method != "double_rounding":
         raise UserError(
@@ -63,7 +89,7 @@ def save(
         artifact.Header.from_text(header.to_text())
     except (TypeError, ValueError) as error:
         raise UserError(f"network, preprocessing, classes or provenance cannot be stored: {error}") from error
-    artifact.write(path, header, _tensors(model))
+    return header, _tensors(model)
 
 
 def load(
@@ -89,6 +115,7 @@ def load(
     if bits is not None and assignment is not None:
         raise UserError("give bits= or assignment=, not both")
     header, tensors = artifact.read(path)
+    tensors.pop(GRAPH, None)
     # Building draws initial weights; the caller's random numbers are not to be moved by it.
     with torch.random.fork_rng(devices=[]):
         network = _network(path, header, model)

@@ -1,0 +1,181 @@
+"""The network's integer graph: what an artifact carries as `graph`, and what an ONNX file is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from bitswitch.artifact import Header
+from bitswitch.errors import UserError, nearest, require
+from bitswitch.export.artifact import Additions
+from bitswitch.export.float_graph import float_graph
+from bitswitch.export.lowering import Lowering, find_branches, lower_layers, requantize
+from bitswitch.nn import evaluating, switched
+from bitswitch.nn.switch import quantized_layers
+from bitswitch.runtime.bindings import Arrays, Bindings, values
+from bitswitch.runtime.executable import KEY, Executable
+from bitswitch.runtime.source import Source
+
+# A wrong graph gives noise; eight-bit branches and roundings that fall the other way cost far less.
+_LEAST_SNR_DB = 10.0
+
+
+@dataclass(frozen=True)
+class IntegerGraph:
+    """A graph without numbers, and what they are."""
+
+    model: ir.Model
+    bindings: Bindings
+    header: Header
+    tensors: Mapping[str, np.ndarray]
+
+    def arrays(self, assignment: Mapping[str, int], **options: Any) -> Arrays:
+        """The numbers at an assignment."""
+        return values(self.bindings, self.header, self.tensors, assignment, **options)
+
+
+def integer_graph(
+    model: nn.Module,
+    header: Header,
+    tensors: Mapping[str, np.ndarray],
+    example_inputs: Tensor | tuple[Any, ...],
+    additions: Additions = "requantized",
+    *,
+    int32: bool = False,
+) -> IntegerGraph:
+    """The integer graph of a quantized model.
+
+    Args:
+        model: the quantized model.
+        header: of its artifact.
+        tensors: of its artifact.
+        example_inputs: what it is called with: real data, since the ranges of eight-bit branches come from it.
+        additions: "requantized": what takes part in an addition or a concatenation has 8 bits, with ranges from the example
+            inputs; "exact": it is float.
+        int32: with "exact", let convolutions whose result stays float end in int32 (ConvInteger); else they are QDQ.
+
+    Raises:
+        UserError: an extra is not installed, or the network cannot be exported.
+    """
+    if additions not in get_args(Additions):
+        raise UserError(f"additions={additions!r}{nearest(str(additions), get_args(Additions))}; use requantized or exact")
+    require("onnxruntime", "runtime")
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    lowering = lower_layers(float_graph(model, inputs, tensors), header, tensors)
+    branches = find_branches(lowering)
+    if additions == "requantized":
+        requantize(lowering, _ranges(lowering, branches, inputs))
+    bindings = lowering.bindings(additions)
+    return IntegerGraph(lowering.model, bindings, header, tensors)
+
+
+def _ranges(
+    lowering: Lowering, branches: Mapping[str, ir.Value], inputs: tuple[Any, ...]
+) -> dict[str, tuple[tuple[float, float], ...]]:
+    """The least and the greatest number of every branch at every width, from a run of the graph as it is."""
+    if not branches:
+        return {}
+    header, tensors = lowering.header, lowering.tensors
+    probe = lowering.model.clone()
+    made = {value.name: value for node in probe.graph for value in node.outputs}
+    probe.graph.outputs[:] = [made[name] for name in branches]
+    for value in probe.graph.outputs:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    copied = Lowering(probe, header, tensors, products=lowering.products, quantizers=lowering.quantizers)
+    graph = IntegerGraph(probe, copied.bindings("exact"), header, tensors)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in branches}
+    for width in header.widths:
+        assignment = dict.fromkeys((layer.name for layer in header.layers), width)
+        executable = Executable(stored(graph), graph.arrays(assignment), optimize=False)
+        for name, array in zip(branches, executable.run(_numpy(inputs)), strict=True):
+            found[name].append((min(float(array.min()), 0.0), max(float(array.max()), 0.0)))
+    return {name: tuple(ranges) for name, ranges in found.items()}
+
+
+def stored(graph: IntegerGraph) -> bytes:
+    """ONNX without numbers: all that `bindings` names is declared as external data, which a session supplies."""
+    assignment = {layer.name: graph.header.widths[0] for layer in graph.header.layers}
+    for name, array in graph.arrays(assignment).items():
+        value = graph.model.graph.initializers[name]
+        dtype = ir.DataType.from_numpy(array.dtype)
+        value.const_value = ir.ExternalTensor(
+            "artifact", 0, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name
+        )
+        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(dtype)
+    _strip(graph.model)
+    graph.model.metadata_props[KEY] = graph.bindings.to_text()
+    return ir.serde.serialize_model(graph.model).SerializeToString()
+
+
+def _strip(model: ir.Model) -> None:
+    """Take out what the exporter notes of every node, stack traces for one: it outweighs the nodes."""
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+
+
+def session_graph(
+    model: nn.Module,
+    header: Header,
+    tensors: Mapping[str, np.ndarray],
+    example_inputs: Tensor | tuple[Any, ...],
+    additions: Additions = "requantized",
+) -> np.ndarray:
+    """The tensor `graph` of an artifact: uint8, one dimension; it is run and held against the model before it is returned.
+
+    Args:
+        model: the quantized model.
+        header: of its artifact.
+        tensors: of its artifact.
+        example_inputs: what the model is called with; real data.
+        additions: see `integer_graph`.
+
+    Raises:
+        UserError: an extra is not installed, the network cannot be exported, or the graph does not compute what it does.
+    """
+    graph = integer_graph(model, header, tensors, example_inputs, additions, int32=True)
+    content = stored(graph)
+    source = Source(header, tensors, content, graph.bindings)
+    for width in header.widths:
+        assignment = dict.fromkeys(quantized_layers(model), width)
+        executable = Executable(content, source.arrays(assignment))
+        agree(model, assignment, example_inputs, executable)
+    return np.frombuffer(content, np.uint8)
+
+
+@torch.no_grad()
+def agree(
+    model: nn.Module, assignment: Mapping[str, int], example_inputs: Tensor | tuple[Any, ...], executable: Executable
+) -> None:
+    """Hold an executable against the model at an assignment.
+
+    Raises:
+        UserError: they do not compute the same.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    with evaluating(model), switched(model, assignment):
+        expected = model(*inputs)
+    first = expected if isinstance(expected, Tensor) else next(x for x in expected if isinstance(x, Tensor))
+    reference = first.double().cpu().numpy()
+    noise = np.square(executable.run(_numpy(inputs))[0] - reference).sum()
+    if not np.square(reference).sum() >= 10 ** (_LEAST_SNR_DB / 10) * noise:
+        raise UserError(
+            f"the exported graph of this {type(model).__name__} does not compute what the model does at "
+            f"{sorted(set(assignment.values()), reverse=True)} bits: nothing was written; please report the network"
+        )
+
+
+def _numpy(inputs: tuple[Any, ...]) -> list[np.ndarray]:
+    return [x.detach().cpu().numpy() for x in inputs if isinstance(x, Tensor)]

@@ -1,0 +1,302 @@
+"""What an integer graph leaves open, and the numbers that go there at an assignment. NumPy alone.
+
+A graph holds no weights and knows no widths: its constants are named, and a `Bindings` says what each name stands for.
+`values` computes them from an artifact's tensors. One graph so serves every assignment.
+
+Activation codes are unsigned bytes: those of a signed quantizer lie 128 higher, with a zero-point of 128. Weight codes of
+l < 8 bits are shifted left to fill 7 bits and their scale is divided by as much. That is the same weight exactly; the integer
+bias, whose unit is the product of both scales, loses less by its rounding; and the sum of two products of an unsigned and a
+signed byte cannot exceed 16 bits, where x86 without VNNI saturates: 2 * 255 * 64 = 32640 < 2^15.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bitswitch import files
+from bitswitch.artifact import Header, tensor_name
+from bitswitch.codes import narrow, signed_range, unsigned_range
+
+Arrays = dict[str, np.ndarray]
+
+_SIGNED_ZERO_POINT = 128
+_FILLED_BITS = 7
+# A bias beyond this would leave an int32 accumulator too little room for the products.
+_GREATEST_BIAS = 2**29
+_LEAST_SCALE = 1e-30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer:
+    """A layer's input quantizer.
+
+    Arrays: `<prefix>.scale` float32 [], `.zero`, `.low`, `.high` uint8 [], `.clips` bool [] (the bounds are narrower than a
+    byte's).
+
+    Attributes:
+        prefix: of the names of its arrays.
+        layer: whose input it is.
+        least, greatest: bounds that an activation function put on what is quantized, or None. Rounding is monotone, so
+            clipping codes at the bounds' codes is the same.
+    """
+
+    prefix: str
+    layer: str
+    least: float | None
+    greatest: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """A convolution or matrix product of a layer, with the batch normalization that follows it folded in.
+
+    Arrays of a convolution: `<prefix>.codes` int8 in the weight's shape, `.scale` float32 [out], `.zero` int8 [out], `.bias`
+    int32 [out], `.bias_scale` float32 [out]. Of a "linear" one: `.codes` [in, out], `.scale`, `.zero`, and `.bias` float32
+    [out]. Of an "int32" convolution, which ends in integers that a float multiplication and addition follow: `.codes`,
+    `.multiplier` and `.offset` float32 [out, 1, ...].
+
+    Attributes:
+        prefix: of the names of its arrays.
+        layer: whose weight it is.
+        kind: "conv", "linear" or "int32".
+        bias: the tensor of the float bias, or None.
+        norm: the batch normalization folded in, or None.
+        epsilon: of the batch normalization.
+    """
+
+    prefix: str
+    layer: str
+    kind: str
+    bias: str | None
+    norm: str | None
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requantizer:
+    """Eight bits for a tensor that no layer's quantizer covers, such as a branch that is added, calibrated at export.
+
+    Arrays: `<prefix>.scale` float32 [], `.zero` uint8 [].
+
+    Attributes:
+        prefix: of the names of its arrays.
+        layer: the quantized layer that runs last before it: its width selects.
+        ranges: the least and the greatest value seen at every width, highest first; 0 lies between them.
+    """
+
+    prefix: str
+    layer: str
+    ranges: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """A tensor of the artifact, as it is, or its row for the width in use where a batch normalization owns it."""
+
+    tensor: str
+    dtype: str
+    norm: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bindings:
+    """All that a graph leaves open.
+
+    Attributes:
+        additions: "requantized" (branches that are added have 8 bits) or "exact" (they are float).
+    """
+
+    additions: str
+    quantizers: tuple[Quantizer, ...]
+    products: tuple[Product, ...]
+    requantizers: tuple[Requantizer, ...]
+    constants: tuple[Constant, ...]
+
+    def to_text(self) -> str:
+        """Canonical JSON."""
+        return files.canonical_json(asdict(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Bindings":
+        """The inverse of `to_text`.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is no such text.
+        """
+        value = json.loads(text)
+        requantizers = [entry | {"ranges": tuple(map(tuple, entry["ranges"]))} for entry in value["requantizers"]]
+        return cls(
+            additions=str(value["additions"]),
+            quantizers=tuple(Quantizer(**entry) for entry in value["quantizers"]),
+            products=tuple(Product(**entry) for entry in value["products"]),
+            requantizers=tuple(Requantizer(**entry) for entry in requantizers),
+            constants=tuple(Constant(**entry) for entry in value["constants"]),
+        )
+
+
+def values(
+    bindings: Bindings,
+    header: Header,
+    tensors: Mapping[str, np.ndarray],
+    assignment: Mapping[str, int],
+    *,
+    filled: Callable[[int], bool] = lambda width: True,
+) -> Arrays:
+    """Every constant that the graph leaves open, by name.
+
+    Args:
+        bindings: of the graph.
+        header: of the artifact.
+        tensors: of the artifact, by name.
+        assignment: the width of every layer.
+        filled: whether codes of a width are shifted to fill 7 bits; otherwise they are what `codes.narrow` gives.
+    """
+    artifact = _Artifact(header, tensors, assignment)
+    found: Arrays = {}
+    for quantizer in bindings.quantizers:
+        found |= _named(quantizer.prefix, _quantizer(artifact, quantizer))
+    for product in bindings.products:
+        found |= _named(product.prefix, _product(artifact, product, filled(assignment[product.layer])))
+    for requantizer in bindings.requantizers:
+        found |= _named(requantizer.prefix, _requantizer(artifact, requantizer))
+    for constant in bindings.constants:
+        array = artifact.tensors[constant.tensor]
+        row = array if constant.norm is None else array[artifact.row_of_norm(constant.norm)]
+        found[constant.tensor] = np.asarray(row, dtype=constant.dtype)
+    return found
+
+
+@dataclass(frozen=True)
+class _Artifact:
+    """An artifact at an assignment."""
+
+    header: Header
+    tensors: Mapping[str, np.ndarray]
+    assignment: Mapping[str, int]
+
+    def row(self, layer: str) -> int:
+        """The row of a layer's width in tensors that are stacked over the widths."""
+        return self.header.widths.index(self.assignment[layer])
+
+    def row_of_norm(self, norm: str) -> int:
+        """The row of a batch normalization that is in use."""
+        return self.row(self.header.norms[norm])
+
+    def kind(self, layer: str) -> str:
+        """The kind of a layer's input quantizer."""
+        return next(entry.input for entry in self.header.layers if entry.name == layer)
+
+    def input_scale(self, layer: str) -> np.float32:
+        return self.tensors[tensor_name(layer, "input_scale")][self.row(layer)]
+
+    def zero_point(self, layer: str) -> int:
+        """The code of 0.0 among bytes: `clip(round(-z / s), 0, 2^b - 1)`, 128 for a signed quantizer, else 0."""
+        kind = self.kind(layer)
+        if kind == "zero_point":
+            offset = self.tensors[tensor_name(layer, "input_offset")][self.row(layer)]
+            greatest = unsigned_range(self.assignment[layer])[1]
+            return int(np.clip(np.round(-offset / self.input_scale(layer)), 0, greatest))
+        return _SIGNED_ZERO_POINT if kind == "signed" else 0
+
+    def code_range(self, layer: str) -> tuple[int, int]:
+        """The least and the greatest byte that a layer's quantizer gives."""
+        if self.kind(layer) != "signed":
+            return unsigned_range(self.assignment[layer])
+        least, greatest = signed_range(self.assignment[layer])
+        return least + _SIGNED_ZERO_POINT, greatest + _SIGNED_ZERO_POINT
+
+    def affine(self, product: Product, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """(a, c) of `y = a * product + c` for every channel, float64: bias and batch normalization together."""
+        bias = np.zeros(channels) if product.bias is None else self.tensors[product.bias].astype(np.float64)
+        if product.norm is None:
+            return np.ones(channels), bias
+        row = self.row_of_norm(product.norm)
+
+        def part(key: str, default: float) -> np.ndarray:
+            stacked = self.tensors.get(tensor_name(product.norm or "", key))
+            return np.full(channels, default) if stacked is None else stacked[row].astype(np.float64)
+
+        a = part("weight", 1.0) / np.sqrt(part("running_var", 1.0) + product.epsilon)
+        return a, part("bias", 0.0) + (bias - part("running_mean", 0.0)) * a
+
+
+def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
+    return {f"{prefix}.{key}": array for key, array in arrays.items()}
+
+
+def _quantizer(artifact: _Artifact, quantizer: Quantizer) -> Arrays:
+    scale = artifact.input_scale(quantizer.layer)
+    zero = artifact.zero_point(quantizer.layer)
+    low, high = artifact.code_range(quantizer.layer)
+
+    def code(value: float) -> int:
+        return int(np.clip(np.round(np.float32(value) / scale) + zero, low, high))
+
+    low, high = (
+        low if quantizer.least is None else code(quantizer.least),
+        high if quantizer.greatest is None else code(quantizer.greatest),
+    )
+    return {
+        "scale": np.asarray(scale, np.float32),
+        "zero": np.asarray(zero, np.uint8),
+        "low": np.asarray(low, np.uint8),
+        "high": np.asarray(high, np.uint8),
+        "clips": np.asarray((low, high) != (0, 255)),
+    }
+
+
+def _requantizer(artifact: _Artifact, requantizer: Requantizer) -> Arrays:
+    least, greatest = requantizer.ranges[artifact.row(requantizer.layer)]
+    scale = np.float32(max(greatest - least, _LEAST_SCALE) / 255)
+    return {"scale": np.asarray(scale), "zero": np.asarray(np.clip(np.round(-least / scale), 0, 255), np.uint8)}
+
+
+def _product(artifact: _Artifact, product: Product, filled: bool) -> Arrays:
+    layer = product.layer
+    high, width = artifact.header.widths[0], artifact.assignment[layer]
+    codes = narrow(artifact.tensors[tensor_name(layer, "codes")], high, width)
+    fine_shift = max(_FILLED_BITS - width, 0)
+    shift = fine_shift if filled else 0
+    codes = codes << shift
+    weight_scale = artifact.tensors[tensor_name(layer, "weight_scale")].astype(np.float64).reshape(-1)
+    a, c = artifact.affine(product, len(codes))
+    scale = a * (weight_scale * 2.0 ** (high - width - shift))
+    input_scale = float(artifact.input_scale(layer))
+    if product.kind == "linear":
+        return _linear(codes, scale, c)
+    if product.kind == "int32":
+        shape = (-1, *[1] * (codes.ndim - 2))
+        multiplier, offset = (input_scale * scale).astype(np.float32), c.astype(np.float32)
+        return {"codes": codes, "multiplier": multiplier.reshape(shape), "offset": offset.reshape(shape)}
+    codes, scale = _with_room_for_bias(codes, scale, np.abs(c) / input_scale)
+    scale = scale.astype(np.float32)
+    bias_scale = np.float32(input_scale) * scale / np.float32(2 ** (fine_shift - shift))
+    bias = np.round(c / bias_scale.astype(np.float64)).astype(np.int32)
+    zero = np.zeros(len(codes), np.int8)
+    return {"codes": codes, "scale": scale, "zero": zero, "bias": bias, "bias_scale": bias_scale}
+
+
+def _linear(codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:
+    return {
+        "codes": np.ascontiguousarray(codes.T),
+        "scale": scale.astype(np.float32),
+        "zero": np.zeros(len(codes), np.int8),
+        "bias": c.astype(np.float32),
+    }
+
+
+def _with_room_for_bias(codes: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coarser codes for the channels whose products are so small beside their bias that it would not fit in int32.
+
+    A batch normalization that has closed a channel (its weight 0, or nearly) makes such channels.
+    """
+    least = np.maximum(bias / _GREATEST_BIAS, _LEAST_SCALE)
+    coarser = np.abs(scale) < least
+    if not coarser.any():
+        return codes, scale
+    ratio = np.where(coarser, np.abs(scale) / least, 1.0).reshape(-1, *[1] * (codes.ndim - 1))
+    return np.round(codes * ratio).astype(np.int8), np.where(coarser, np.copysign(least, scale), scale)
+
