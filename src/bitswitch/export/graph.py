@@ -13,7 +13,7 @@ from bitswitch.artifact import Header
 from bitswitch.errors import UserError, nearest, require
 from bitswitch.export.artifact import Additions
 from bitswitch.export.float_graph import float_graph
-from bitswitch.export.lowering import Lowering, find_branches, lower_layers, requantize
+from bitswitch.export.lowering import Lowering, end_in_int32, find_branches, lower_layers, requantize
 from bitswitch.nn import evaluating, switched
 from bitswitch.nn.switch import quantized_layers
 from bitswitch.runtime.bindings import Arrays, Bindings, values
@@ -66,9 +66,10 @@ def integer_graph(
     require("onnxruntime", "runtime")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     lowering = lower_layers(float_graph(model, inputs, tensors), header, tensors)
-    branches = find_branches(lowering)
     if additions == "requantized":
-        requantize(lowering, _ranges(lowering, branches, inputs))
+        requantize(lowering, _ranges(lowering, find_branches(lowering), inputs))
+    elif int32:
+        end_in_int32(lowering)
     bindings = lowering.bindings(additions)
     return IntegerGraph(lowering.model, bindings, header, tensors)
 
@@ -150,8 +151,7 @@ def session_graph(
     source = Source(header, tensors, content, graph.bindings)
     for width in header.widths:
         assignment = dict.fromkeys(quantized_layers(model), width)
-        executable = Executable(content, source.arrays(assignment))
-        agree(model, assignment, example_inputs, executable)
+        agree(model, assignment, example_inputs, source.executable(assignment))
     return np.frombuffer(content, np.uint8)
 
 

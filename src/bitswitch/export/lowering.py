@@ -5,7 +5,7 @@ convolution where its result is quantized by one node alone, a matrix product al
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -81,10 +81,19 @@ class Lowering:
         return Bindings(
             additions=additions,
             quantizers=tuple(quantizer for quantizer, _ in self.quantizers.values()),
-            products=tuple(product for product, _ in self.products),
+            products=tuple(replace(product, into=self._reader(product, value)) for product, value in self.products),
             requantizers=tuple(self.requantizers),
             constants=tuple(constants),
         )
+
+
+    def _reader(self, product: Product, value: ir.Value) -> str | None:
+        """The prefix of the quantizer that alone reads the result of a convolution."""
+        node = _only_user(value)
+        if product.kind != "conv" or node is None or node.op_type != "QuantizeLinear":
+            return None
+        scale = node.inputs[1]
+        return next((q.prefix for q, _ in self.quantizers.values() if scale and scale.name == f"{q.prefix}.scale"), None)
 
 
 _NORM_PARTS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -140,7 +149,7 @@ def _lower_convolution(lowering: Lowering, node: ir.Node, layer: str) -> None:
     prefix = lowering.prefix(tensor_name(layer, "product"))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     product = Product(
-        prefix=prefix, layer=layer, kind="conv", bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
+        prefix=prefix, layer=layer, kind="conv", into=None, bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
     )
     x = _quantized_input(lowering, node, layer)
     codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
@@ -164,7 +173,7 @@ def _lower_linear(lowering: Lowering, node: ir.Node, layer: str, bias: ir.Value 
     norm, epsilon, end = _following_norm(lowering, end)
     prefix = lowering.prefix(tensor_name(layer, "product"))
     product = Product(
-        prefix=prefix, layer=layer, kind="linear", bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
+        prefix=prefix, layer=layer, kind="linear", into=None, bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
     )
     x = _quantized_input(lowering, node, layer)
     codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
@@ -365,3 +374,29 @@ def requantize(lowering: Lowering, ranges: Mapping[str, tuple[tuple[float, float
             _remove_dead(lowering.graph, node)
         ranges[prefix] = ranges[name]
         lowering.requantizers.append(Requantizer(prefix=prefix, layer=layer, ranges=ranges[name]))
+
+
+def end_in_int32(lowering: Lowering) -> None:
+    """Let the convolutions whose result stays float compute in integers all the same: ConvInteger and a float epilogue.
+
+    ONNX Runtime fuses a convolution between quantizers alone; one that ends in floats would run in floats from its first product.
+    """
+    for i, (product, value) in enumerate(lowering.products):
+        node = value.producer()
+        assert node is not None
+        if product.kind != "conv" or not _end(value):
+            continue
+        quantized = _given(node).producer()
+        assert quantized is not None
+        codes, zero = quantized.inputs[0], quantized.inputs[2]
+        parts = [lowering.constant(f"{product.prefix}.{key}") for key in ("codes", "zero", "multiplier", "offset")]
+        convolution = ir.Node("", "ConvInteger", [codes, parts[0], zero, parts[1]], node.attributes.values(), outputs=[ir.Value()])
+        lowering.graph.insert_before(node, convolution)
+        made = lowering.add(node, "Cast", convolution.outputs, name=f"{product.prefix}.sum", to=ir.DataType.FLOAT)
+        made = lowering.add(node, "Mul", [made, parts[2]], name=f"{product.prefix}.scaled")
+        made = lowering.add(node, "Add", [made, parts[3]], name=f"{product.prefix}.shifted")
+        _take_place(lowering, value, made)
+        lowering.products[i] = (replace(product, kind="int32"), made)
+    unused = [name for name, value in lowering.graph.initializers.items() if not value.uses()]
+    for name in unused:
+        del lowering.graph.initializers[name]

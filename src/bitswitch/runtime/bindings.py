@@ -4,9 +4,9 @@ A graph holds no weights and knows no widths: its constants are named, and a `Bi
 `values` computes them from an artifact's tensors. One graph so serves every assignment.
 
 Activation codes are unsigned bytes: those of a signed quantizer lie 128 higher, with a zero-point of 128. Weight codes of
-l < 8 bits are shifted left to fill 7 bits and their scale is divided by as much. That is the same weight exactly; the integer
-bias, whose unit is the product of both scales, loses less by its rounding; and the sum of two products of an unsigned and a
-signed byte cannot exceed 16 bits, where x86 without VNNI saturates: 2 * 255 * 64 = 32640 < 2^15.
+l < 8 bits are shifted left to fill a byte and their scale is divided by as much. That is the same weight exactly, and the
+integer bias, whose unit is the product of both scales, loses less by its rounding. They are shifted only so far that the sum of
+two products of an unsigned and a signed byte stays below 2^15, where x86 without VNNI saturates.
 """
 
 import json
@@ -23,7 +23,7 @@ from bitswitch.codes import narrow, signed_range, unsigned_range
 Arrays = dict[str, np.ndarray]
 
 _SIGNED_ZERO_POINT = 128
-_FILLED_BITS = 7
+_SATURATION = 2**15
 # A bias beyond this would leave an int32 accumulator too little room for the products.
 _GREATEST_BIAS = 2**29
 _LEAST_SCALE = 1e-30
@@ -55,13 +55,14 @@ class Product:
 
     Arrays of a convolution: `<prefix>.codes` int8 in the weight's shape, `.scale` float32 [out], `.zero` int8 [out], `.bias`
     int32 [out], `.bias_scale` float32 [out]. Of a "linear" one: `.codes` [in, out], `.scale`, `.zero`, and `.bias` float32
-    [out]. Of an "int32" convolution, which ends in integers that a float multiplication and addition follow: `.codes`,
-    `.multiplier` and `.offset` float32 [out, 1, ...].
+    [out]. Of an "int32" convolution, which ends in integers that a float multiplication and addition follow: `.codes`
+    uint8, 128 higher, `.zero` uint8 [], `.multiplier` and `.offset` float32 [out, 1, ...].
 
     Attributes:
         prefix: of the names of its arrays.
         layer: whose weight it is.
         kind: "conv", "linear" or "int32".
+        into: of a convolution, the prefix of the input quantizer that alone reads its result, or None.
         bias: the tensor of the float bias, or None.
         norm: the batch normalization folded in, or None.
         epsilon: of the batch normalization.
@@ -70,6 +71,7 @@ class Product:
     prefix: str
     layer: str
     kind: str
+    into: str | None
     bias: str | None
     norm: str | None
     epsilon: float
@@ -152,14 +154,14 @@ def values(
         header: of the artifact.
         tensors: of the artifact, by name.
         assignment: the width of every layer.
-        filled: whether codes of a width are shifted to fill 7 bits; otherwise they are what `codes.narrow` gives.
+        filled: whether codes of a width are shifted to fill a byte; otherwise they are what `codes.narrow` gives.
     """
     artifact = _Artifact(header, tensors, assignment)
     found: Arrays = {}
     for quantizer in bindings.quantizers:
         found |= _named(quantizer.prefix, _quantizer(artifact, quantizer))
     for product in bindings.products:
-        found |= _named(product.prefix, _product(artifact, product, filled(assignment[product.layer])))
+        found |= _named(product.prefix, _product(artifact, product, _thresholds(product, found), filled))
     for requantizer in bindings.requantizers:
         found |= _named(requantizer.prefix, _requantizer(artifact, requantizer))
     for constant in bindings.constants:
@@ -208,6 +210,16 @@ class _Artifact:
         least, greatest = signed_range(self.assignment[layer])
         return least + _SIGNED_ZERO_POINT, greatest + _SIGNED_ZERO_POINT
 
+    def room(self, layer: str) -> int:
+        """By how many bits a layer's weight codes can be shifted."""
+        magnitude = -signed_range(self.assignment[layer])[0]
+        inside = [shift for shift in range(7) if magnitude << shift <= 128 and self.fits(magnitude << shift, layer)]
+        return max(inside, default=0)
+
+    def fits(self, magnitude: int, layer: str) -> bool:
+        """Whether two products of such weights with a layer's input bytes stay within 16 bits."""
+        return 2 * magnitude * self.code_range(layer)[1] <= _SATURATION
+
     def affine(self, product: Product, channels: int) -> tuple[np.ndarray, np.ndarray]:
         """(a, c) of `y = a * product + c` for every channel, float64: bias and batch normalization together."""
         bias = np.zeros(channels) if product.bias is None else self.tensors[product.bias].astype(np.float64)
@@ -221,6 +233,19 @@ class _Artifact:
 
         a = part("weight", 1.0) / np.sqrt(part("running_var", 1.0) + product.epsilon)
         return a, part("bias", 0.0) + (bias - part("running_mean", 0.0)) * a
+
+
+def may_saturate(
+    bindings: Bindings, header: Header, arrays: Mapping[str, np.ndarray], assignment: Mapping[str, int]
+) -> bool:
+    """Whether the sum of two products of a weight and an input byte can exceed 16 bits, in any layer."""
+    artifact = _Artifact(header, {}, assignment)
+
+    def magnitude(product: Product) -> int:
+        return int(np.abs(arrays[f"{product.prefix}.codes"].astype(np.int16)).max(initial=0))
+
+    signed = [product for product in bindings.products if product.kind != "int32"]
+    return not all(artifact.fits(magnitude(product), product.layer) for product in signed)
 
 
 def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
@@ -254,12 +279,22 @@ def _requantizer(artifact: _Artifact, requantizer: Requantizer) -> Arrays:
     return {"scale": np.asarray(scale), "zero": np.asarray(np.clip(np.round(-least / scale), 0, 255), np.uint8)}
 
 
-def _product(artifact: _Artifact, product: Product, filled: bool) -> Arrays:
+def _thresholds(product: Product, arrays: Arrays) -> np.ndarray:
+    """The values at which the codes of a convolution's reader step up; none where it has no single reader."""
+    if product.into is None:
+        return np.zeros(0)
+    scale, zero, low, high = (arrays[f"{product.into}.{key}"] for key in ("scale", "zero", "low", "high"))
+    return (np.arange(int(low) + 1, int(high) + 1) - int(zero) - 0.5) * float(scale)
+
+
+def _product(
+    artifact: _Artifact, product: Product, thresholds: np.ndarray, filled: Callable[[int], bool]
+) -> Arrays:
     layer = product.layer
     high, width = artifact.header.widths[0], artifact.assignment[layer]
     codes = narrow(artifact.tensors[tensor_name(layer, "codes")], high, width)
-    fine_shift = max(_FILLED_BITS - width, 0)
-    shift = fine_shift if filled else 0
+    fine_shift = artifact.room(layer)
+    shift = fine_shift if filled(width) else 0
     codes = codes << shift
     weight_scale = artifact.tensors[tensor_name(layer, "weight_scale")].astype(np.float64).reshape(-1)
     a, c = artifact.affine(product, len(codes))
@@ -270,13 +305,40 @@ def _product(artifact: _Artifact, product: Product, filled: bool) -> Arrays:
     if product.kind == "int32":
         shape = (-1, *[1] * (codes.ndim - 2))
         multiplier, offset = (input_scale * scale).astype(np.float32), c.astype(np.float32)
-        return {"codes": codes, "multiplier": multiplier.reshape(shape), "offset": offset.reshape(shape)}
+        # Unsigned: ONNX Runtime has no fast kernel for a signed weight here.
+        codes = (codes.astype(np.int16) + _SIGNED_ZERO_POINT).astype(np.uint8)
+        zero = np.asarray(_SIGNED_ZERO_POINT, np.uint8)
+        return {
+            "codes": codes,
+            "zero": zero,
+            "multiplier": multiplier.reshape(shape),
+            "offset": offset.reshape(shape),
+        }
     codes, scale = _with_room_for_bias(codes, scale, np.abs(c) / input_scale)
     scale = scale.astype(np.float32)
     bias_scale = np.float32(input_scale) * scale / np.float32(2 ** (fine_shift - shift))
-    bias = np.round(c / bias_scale.astype(np.float64)).astype(np.int32)
+    unit = np.abs(bias_scale.astype(np.float64))
+    bias = _nearest_bias(c / unit, thresholds / unit[:, None], 2**fine_shift) * np.sign(scale)
     zero = np.zeros(len(codes), np.int8)
-    return {"codes": codes, "scale": scale, "zero": zero, "bias": bias, "bias_scale": bias_scale}
+    return {"codes": codes, "scale": scale, "zero": zero, "bias": bias.astype(np.int32), "bias_scale": bias_scale}
+
+
+def _nearest_bias(bias: np.ndarray, thresholds: np.ndarray, step: int) -> np.ndarray:
+    """The whole numbers that stand best for the biases of a convolution's channels.
+
+    Sums of products are multiples of `step`, so that a code steps up at one of few sums. Of the whole numbers around the bias,
+    that is taken with which most codes step up at the same sum as with the bias itself, and of those the nearest.
+
+    Args:
+        bias: float64 [out], in units of the accumulator.
+        thresholds: float64 [out, codes], where codes step up, in the same units.
+        step: of the accumulator.
+    """
+    candidates = np.floor(bias)[:, None] + np.arange(-1, 3)
+    exact = np.ceil((thresholds - bias[:, None]) / step)
+    found = np.ceil((thresholds[:, None, :] - candidates[:, :, None]) / step)
+    wrong = (found != exact[:, None, :]).sum(-1) + np.abs(candidates - bias[:, None]) / 4
+    return np.take_along_axis(candidates, wrong.argmin(1)[:, None], 1)[:, 0]
 
 
 def _linear(codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:

@@ -19,6 +19,8 @@ KEY = "bitswitch"
 # ONNX Runtime's name for "unsigned weights on x86 without VNNI": slower there, and exact.
 _PRECISION = "session.x64quantprecision"
 _ERRORS_ALONE = 3
+# It would move quantizers across poolings, into kernels that are slower for bytes than for floats; ours stand where they should.
+_PROPAGATION = "QDQPropagationTransformer"
 
 
 class Executable:
@@ -27,12 +29,15 @@ class Executable:
     Args:
         graph: ONNX without numbers.
         arrays: the numbers, by name.
+        may_saturate: whether the sum of two products can exceed 16 bits.
         threads: how many threads an operation may use; 0: as many as there are cores.
         optimize: False leaves the graph as it is, float operations between quantizers.
     """
 
-    def __init__(self, graph: bytes, arrays: Arrays, *, threads: int = 0, optimize: bool = True) -> None:
-        options = _options(threads, precise=needs_precision(arrays))
+    def __init__(
+        self, graph: bytes, arrays: Arrays, *, may_saturate: bool = True, threads: int = 0, optimize: bool = True
+    ) -> None:
+        options = _options(threads, precise=_must_be_precise(may_saturate))
         if not optimize:
             options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
         self._session = _session(graph, arrays, options)
@@ -50,9 +55,9 @@ class Executable:
             raise UserError(f"the inputs do not fit the network: {reason[:300]}") from error
 
 
-def fused_operations(graph: bytes, arrays: Arrays) -> Counter[str]:
+def fused_operations(graph: bytes, arrays: Arrays, *, may_saturate: bool) -> Counter[str]:
     """How many operations of each type ONNX Runtime has left after its fusions."""
-    options = _options(1, precise=needs_precision(arrays))
+    options = _options(1, precise=_must_be_precise(may_saturate))
     # Its own layout of memory aside, which cannot be written down: the same kernels of integers, other names of float ones.
     with TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
@@ -64,7 +69,7 @@ def _session(graph: bytes, arrays: Arrays, options: Any) -> Any:
     ort = _onnxruntime()
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
     options.add_external_initializers(list(arrays), values)
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=[_PROPAGATION])
 
 
 def _options(threads: int, *, precise: bool) -> Any:
@@ -79,17 +84,13 @@ def _onnxruntime() -> Any:
     return require("onnxruntime", "runtime")
 
 
-def needs_precision(arrays: Arrays) -> bool:
-    """Whether the sum of two products could saturate, on this machine and with these weights.
+def _must_be_precise(may_saturate: bool) -> bool:
+    """Whether ONNX Runtime must be told not to let sums of two products saturate, on this machine.
 
     Raises:
-        UserError: ONNX Runtime computes a convolution wrongly even where it is asked to be exact.
+        UserError: it computes a convolution wrongly even where it is told.
     """
-    large = any(
-        array.dtype == np.int8 and 2 * 255 * int(np.abs(array.astype(np.int16)).max(initial=0)) >= 2**15
-        for array in arrays.values()
-    )
-    precise = large and not _convolves(precise=False)
+    precise = may_saturate and not _convolves(precise=False)
     if not _convolves(precise=True):
         raise UserError("this ONNX Runtime computes a convolution of bytes wrongly on this machine: install another version")
     return precise

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from bitswitch.assignment import Assignment
-from bitswitch.runtime.executable import fused_operations
 from bitswitch.runtime.source import read
 
 INTEGER_PRODUCTS = ("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat")
@@ -31,7 +30,7 @@ def graph_report(path: str | Path, wanted: int | Mapping[str, int] | None = None
     widths = {layer.name: source.header.widths for layer in source.header.layers}
     highest = {name: found[0] for name, found in widths.items()}
     assignment = Assignment.of(highest if wanted is None else wanted, layers=highest, widths=widths)
-    counts = fused_operations(source.graph, source.arrays(assignment.to_json()))
+    counts = source.operations(assignment.to_json())
     return {
         "additions": source.bindings.additions,
         "layers": len(source.bindings.products),

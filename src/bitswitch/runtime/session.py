@@ -135,8 +135,7 @@ class Session:
         """The executable of an assignment, built where it is not kept; the oldest go when the budget is spent."""
         ready = self._kept.get(assignment)
         if ready is None:
-            arrays = self._source.arrays(assignment.to_json())
-            ready = _Ready(assignment, Executable(self._source.graph, arrays, threads=self._threads))
+            ready = _Ready(assignment, self._source.executable(assignment.to_json(), threads=self._threads))
             self._kept[assignment] = ready
         self._kept.move_to_end(assignment)
         while len(self._kept) > 1 and self._kept_bytes() > self._budget:

@@ -1,5 +1,6 @@
 """What a session reads of an artifact: the one place that knows how its file is laid out."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ import numpy as np
 from bitswitch import artifact
 from bitswitch.artifact import Header
 from bitswitch.errors import UserError
-from bitswitch.runtime.bindings import Arrays, Bindings, values
-from bitswitch.runtime.executable import KEY
+from bitswitch.runtime.bindings import Arrays, Bindings, may_saturate, values
+from bitswitch.runtime.executable import KEY, Executable, fused_operations
 from bitswitch.runtime.protobuf import metadata
 
 GRAPH = "graph"
@@ -40,6 +41,18 @@ class Source:
     def arrays(self, assignment: Mapping[str, int]) -> Arrays:
         """The graph's constants at an assignment, by name."""
         return values(self.bindings, self.header, self.tensors, assignment)
+
+    def executable(self, assignment: Mapping[str, int], *, threads: int = 0) -> Executable:
+        """The graph at an assignment, ready to run."""
+        arrays = self.arrays(assignment)
+        saturates = may_saturate(self.bindings, self.header, arrays, assignment)
+        return Executable(self.graph, arrays, may_saturate=saturates, threads=threads)
+
+    def operations(self, assignment: Mapping[str, int]) -> Counter[str]:
+        """How many operations of each type the graph has at an assignment when it is ready to run."""
+        arrays = self.arrays(assignment)
+        saturates = may_saturate(self.bindings, self.header, arrays, assignment)
+        return fused_operations(self.graph, arrays, may_saturate=saturates)
 
 
 def read(path: str | Path) -> Source:
