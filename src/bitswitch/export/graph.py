@@ -13,10 +13,10 @@ from bitswitch.artifact import Header
 from bitswitch.errors import UserError, nearest, require
 from bitswitch.export.artifact import Additions
 from bitswitch.export.float_graph import float_graph
-from bitswitch.export.lowering import Lowering, end_in_int32, find_branches, lower_layers, requantize
+from bitswitch.export.lowering import Lowering, branches, end_in_bytes, end_in_int32, lower_layers
 from bitswitch.nn import evaluating, switched
 from bitswitch.nn.switch import quantized_layers
-from bitswitch.runtime.bindings import Arrays, Bindings, values
+from bitswitch.runtime.bindings import Arrays, Bindings, normalization, values
 from bitswitch.runtime.executable import KEY, Executable
 from bitswitch.runtime.source import Source
 
@@ -67,34 +67,44 @@ def integer_graph(
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     lowering = lower_layers(float_graph(model, inputs, tensors), header, tensors)
     if additions == "requantized":
-        requantize(lowering, _ranges(lowering, find_branches(lowering), inputs))
+        end_in_bytes(lowering, _ranges(lowering, inputs))
     elif int32:
         end_in_int32(lowering)
     bindings = lowering.bindings(additions)
     return IntegerGraph(lowering.model, bindings, header, tensors)
 
 
-def _ranges(
-    lowering: Lowering, branches: Mapping[str, ir.Value], inputs: tuple[Any, ...]
-) -> dict[str, tuple[tuple[float, float], ...]]:
-    """The least and the greatest number of every branch at every width, from a run of the graph as it is."""
-    if not branches:
+def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, tuple[tuple[float, float], ...]]:
+    """By index of a branch, its least and its greatest result at every width, in units of its batch normalization."""
+    found: dict[int, list[tuple[float, float]]] = {i: [] for i in branches(lowering)}
+    if not found:
         return {}
     header, tensors = lowering.header, lowering.tensors
     probe = lowering.model.clone()
     made = {value.name: value for node in probe.graph for value in node.outputs}
-    probe.graph.outputs[:] = [made[name] for name in branches]
+    probe.graph.outputs[:] = [made[lowering.products[i][1].name] for i in found]
     for value in probe.graph.outputs:
         value.type = ir.TensorType(ir.DataType.FLOAT)
     copied = Lowering(probe, header, tensors, products=lowering.products, quantizers=lowering.quantizers)
     graph = IntegerGraph(probe, copied.bindings("exact"), header, tensors)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in branches}
     for width in header.widths:
         assignment = dict.fromkeys((layer.name for layer in header.layers), width)
         executable = Executable(stored(graph), graph.arrays(assignment), optimize=False)
-        for name, array in zip(branches, executable.run(_numpy(inputs)), strict=True):
-            found[name].append((min(float(array.min()), 0.0), max(float(array.max()), 0.0)))
-    return {name: tuple(ranges) for name, ranges in found.items()}
+        for i, result in zip(found, executable.run(_numpy(inputs)), strict=True):
+            product = lowering.products[i][0]
+            spread, middle = normalization(product, header, tensors, assignment, result.shape[1])
+            found[i].append(_extremes(result, spread, middle))
+    return {i: tuple(ranges) for i, ranges in found.items()}
+
+
+def _extremes(result: np.ndarray, spread: np.ndarray, middle: np.ndarray) -> tuple[float, float]:
+    """The least and the greatest of `(result - middle) / spread`, channels being dimension 1; those without spread left out."""
+    axes = tuple(axis for axis in range(result.ndim) if axis != 1)
+    open_ = spread > np.finfo(np.float32).tiny
+    least, greatest = (
+        (extreme.astype(np.float64) - middle)[open_] / spread[open_] for extreme in (result.min(axes), result.max(axes))
+    )
+    return float(least.min(initial=0.0)), float(greatest.max(initial=0.0))
 
 
 def stored(graph: IntegerGraph) -> bytes:

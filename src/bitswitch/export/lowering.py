@@ -13,11 +13,7 @@ import onnx_ir as ir
 
 from bitswitch.artifact import Header, tensor_name
 from bitswitch.errors import UserError
-from bitswitch.runtime.bindings import Bindings, Constant, Product, Quantizer, Requantizer
-
-# What joins several branches, so that all of them need eight bits for it to be computed in integers.
-_JOINS = ("Add", "Concat")
-
+from bitswitch.runtime.bindings import Bindings, Constant, Product, Quantizer
 
 @dataclass
 class Lowering:
@@ -28,7 +24,6 @@ class Lowering:
         header: of the artifact.
         tensors: names of the artifact's tensors.
         products: the layers' products, in the order in which they run, each with the value that it gives.
-        to_requantize: the values that need eight bits of their own, each with the layer that selects.
     """
 
     model: ir.Model
@@ -36,8 +31,6 @@ class Lowering:
     tensors: Mapping[str, np.ndarray]
     products: list[tuple[Product, ir.Value]] = field(default_factory=list)
     quantizers: dict[tuple[int, str], tuple[Quantizer, ir.Value]] = field(default_factory=dict)
-    requantizers: list[Requantizer] = field(default_factory=list)
-    to_requantize: dict[str, tuple[ir.Value, str]] = field(default_factory=dict)
     _prefixes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -82,7 +75,6 @@ class Lowering:
             additions=additions,
             quantizers=tuple(quantizer for quantizer, _ in self.quantizers.values()),
             products=tuple(replace(product, into=self._reader(product, value)) for product, value in self.products),
-            requantizers=tuple(self.requantizers),
             constants=tuple(constants),
         )
 
@@ -149,7 +141,7 @@ def _lower_convolution(lowering: Lowering, node: ir.Node, layer: str) -> None:
     prefix = lowering.prefix(tensor_name(layer, "product"))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     product = Product(
-        prefix=prefix, layer=layer, kind="conv", into=None, bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
+        prefix=prefix, layer=layer, kind="conv", into=None, ranges=(), bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
     )
     x = _quantized_input(lowering, node, layer)
     codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
@@ -173,7 +165,7 @@ def _lower_linear(lowering: Lowering, node: ir.Node, layer: str, bias: ir.Value 
     norm, epsilon, end = _following_norm(lowering, end)
     prefix = lowering.prefix(tensor_name(layer, "product"))
     product = Product(
-        prefix=prefix, layer=layer, kind="linear", into=None, bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
+        prefix=prefix, layer=layer, kind="linear", into=None, ranges=(), bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
     )
     x = _quantized_input(lowering, node, layer)
     codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
@@ -298,105 +290,75 @@ def _quantized_input(lowering: Lowering, node: ir.Node, layer: str) -> ir.Value:
     return made
 
 
-def find_branches(lowering: Lowering) -> dict[str, ir.Value]:
-    """The values that need eight bits of their own for all convolutions and what joins them to run in integers, by name.
-
-    They are the results of convolutions that not just one layer's quantizer reads, and the operands and the result of every
-    addition or concatenation that such a value takes part in.
-    """
-    convolutions = {id(value) for product, value in lowering.products if product.kind == "conv"}
-    chosen: dict[int, ir.Value] = {}
-    last = lowering.products[0][0].layer
-    by_value = {id(value): product.layer for product, value in lowering.products}
-    for node in lowering.graph:
-        out = node.outputs[0]
-        last = by_value.get(id(out), last)
-        joins = node.op_type in _JOINS and any(value is not None and id(value) in chosen for value in node.inputs)
-        if joins and not all(value is not None and _is_computed(value) for value in node.inputs):
-            continue
-        if joins:
-            operands = [value for value in node.inputs if value is not None]
-        elif node.op_type == "MaxPool" and id(_given(node)) in chosen:
-            operands = []
-        elif id(out) in convolutions:
-            operands = []
-        else:
-            continue
-        for value in (*operands, *_end(out)):
-            chosen[id(value)] = value
-            assert value.name is not None
-            lowering.to_requantize.setdefault(value.name, (value, last))
-    return {name: value for name, (value, _) in lowering.to_requantize.items()}
-
-
-def _is_computed(value: ir.Value) -> bool:
-    return value.producer() is not None and ir.convenience.get_const_tensor(value) is None
-
-
-def _end(value: ir.Value) -> list[ir.Value]:
-    """Where a result is to be quantized: behind its activation function, or nowhere where a layer's quantizer does it."""
-    node = _only_user(value)
-    if node is not None and _activation(node) is not None:
-        value, node = node.outputs[0], _only_user(node.outputs[0])
-    return [] if node is not None and node.op_type == "QuantizeLinear" else [value]
-
-
-def requantize(lowering: Lowering, ranges: Mapping[str, tuple[tuple[float, float], ...]]) -> None:
-    """Give the values of `find_branches` their eight bits.
-
-    Args:
-        lowering: of `lower_layers`.
-        ranges: by name of a value, the least and the greatest number seen at every width, highest first.
-    """
-    ranges = dict(ranges)
-    for name, (value, layer) in lowering.to_requantize.items():
-        node = value.producer()
-        assert node is not None
-        source, users = value, list(value.uses())
-        if _activation(node) is not None and _only_user(_given(node)) is not None:
-            source = _given(node)
-        if node.op_type == "MaxPool":
-            # With the scale of its input it is a greatest byte, and no more.
-            ranges[name] = ranges.get(_given(node).name or "", ranges[name])
-        prefix = lowering.prefix(f"{name}.branch")
-        scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("scale", "zero"))
-        bytes_ = ir.node("QuantizeLinear", [source, scale, zero], outputs=[ir.Value(name=f"{prefix}.bytes")])
-        back = ir.node("DequantizeLinear", [bytes_.outputs[0], scale, zero], outputs=[ir.Value(name=prefix)])
-        lowering.graph.insert_after(node, [bytes_, back])
-        made = back.outputs[0]
-        made.shape, made.type = value.shape, value.type
-        for user, index in users:
-            user.replace_input_with(index, made)
-        if value.is_graph_output():
-            lowering.graph.outputs[lowering.graph.outputs.index(value)] = made
-            value.name, made.name = f"{name}.before", name
-        if source is not value:
-            _remove_dead(lowering.graph, node)
-        ranges[prefix] = ranges[name]
-        lowering.requantizers.append(Requantizer(prefix=prefix, layer=layer, ranges=ranges[name]))
-
-
-def end_in_int32(lowering: Lowering) -> None:
-    """Let the convolutions whose result stays float compute in integers all the same: ConvInteger and a float epilogue.
+def branches(lowering: Lowering) -> list[int]:
+    """Which products are convolutions whose result is not read by just one layer's quantizer, such as those that are added.
 
     ONNX Runtime fuses a convolution between quantizers alone; one that ends in floats would run in floats from its first product.
     """
-    for i, (product, value) in enumerate(lowering.products):
+    return [i for i, (product, value) in enumerate(lowering.products) if product.kind == "conv" and not _is_read(value)]
+
+
+def _is_read(value: ir.Value) -> bool:
+    node = _only_user(value)
+    return node is not None and node.op_type == "QuantizeLinear"
+
+
+def end_in_bytes(lowering: Lowering, ranges: Mapping[int, tuple[tuple[float, float], ...]]) -> None:
+    """Give the results of `branches` 8 bits per channel: QuantizeLinear, DequantizeLinear and the channels' offsets.
+
+    Args:
+        lowering: of `lower_layers`.
+        ranges: by index of a product, the least and the greatest result at every width; see `Product.ranges`.
+    """
+    one = _fixed(lowering, "one", np.float32(1))
+    zero = _fixed(lowering, "zero", np.uint8(0))
+    for i, seen in ranges.items():
+        product, value = lowering.products[i]
+        prefix = product.prefix
         node = value.producer()
         assert node is not None
-        if product.kind != "conv" or not _end(value):
-            continue
+        convolution = ir.Node("", "Conv", node.inputs, node.attributes.values(), outputs=[ir.Value(name=f"{prefix}.conv")])
+        lowering.graph.insert_before(node, convolution)
+        made = lowering.add(node, "QuantizeLinear", [convolution.outputs[0], one, zero], name=f"{prefix}.bytes")
+        made = lowering.add(node, "DequantizeLinear", [made, one, zero], name=f"{prefix}.steps")
+        step, offset = lowering.constant(f"{prefix}.step"), lowering.constant(f"{prefix}.offset")
+        mean, variance = lowering.constant(f"{prefix}.mean"), lowering.constant(f"{prefix}.variance")
+        # Not a multiplication and an addition: ONNX Runtime would carry them into the convolution's layout, where they are slow.
+        made = lowering.add(
+            node, "BatchNormalization", [made, step, offset, mean, variance], name=f"{prefix}.result", epsilon=0.0
+        )
+        _take_place(lowering, value, made)
+        lowering.products[i] = (replace(product, kind="branch", ranges=seen), made)
+
+
+def _fixed(lowering: Lowering, name: str, array: np.generic) -> ir.Value:
+    """A constant that is in the graph."""
+    value = lowering.constant(f"bitswitch.{name}")
+    value.const_value = ir.tensor(np.asarray(array), name=value.name)
+    value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    return value
+
+
+def end_in_int32(lowering: Lowering) -> None:
+    """Let `branches` end in int32 (ConvInteger), with a float multiplication and addition behind: exact, and slower."""
+    for i in branches(lowering):
+        product, value = lowering.products[i]
+        prefix = product.prefix
+        node = value.producer()
+        assert node is not None
         quantized = _given(node).producer()
         assert quantized is not None
         codes, zero = quantized.inputs[0], quantized.inputs[2]
-        parts = [lowering.constant(f"{product.prefix}.{key}") for key in ("codes", "zero", "multiplier", "offset")]
-        convolution = ir.Node("", "ConvInteger", [codes, parts[0], zero, parts[1]], node.attributes.values(), outputs=[ir.Value()])
+        weight, weight_zero, multiplier, offset = (
+            lowering.constant(f"{prefix}.{key}") for key in ("codes", "zero", "multiplier", "offset")
+        )
+        inputs = [codes, weight, zero, weight_zero]
+        convolution = ir.Node("", "ConvInteger", inputs, node.attributes.values(), outputs=[ir.Value(name=f"{prefix}.int32")])
         lowering.graph.insert_before(node, convolution)
-        made = lowering.add(node, "Cast", convolution.outputs, name=f"{product.prefix}.sum", to=ir.DataType.FLOAT)
-        made = lowering.add(node, "Mul", [made, parts[2]], name=f"{product.prefix}.scaled")
-        made = lowering.add(node, "Add", [made, parts[3]], name=f"{product.prefix}.shifted")
+        made = lowering.add(node, "Cast", convolution.outputs, name=f"{prefix}.sum", to=ir.DataType.FLOAT)
+        made = lowering.add(node, "Mul", [made, multiplier], name=f"{prefix}.scaled")
+        made = lowering.add(node, "Add", [made, offset], name=f"{prefix}.result")
         _take_place(lowering, value, made)
         lowering.products[i] = (replace(product, kind="int32"), made)
-    unused = [name for name, value in lowering.graph.initializers.items() if not value.uses()]
-    for name in unused:
+    for name in [name for name, value in lowering.graph.initializers.items() if not value.uses()]:
         del lowering.graph.initializers[name]

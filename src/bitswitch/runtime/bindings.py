@@ -53,16 +53,22 @@ class Quantizer:
 class Product:
     """A convolution or matrix product of a layer, with the batch normalization that follows it folded in.
 
-    Arrays of a convolution: `<prefix>.codes` int8 in the weight's shape, `.scale` float32 [out], `.zero` int8 [out], `.bias`
-    int32 [out], `.bias_scale` float32 [out]. Of a "linear" one: `.codes` [in, out], `.scale`, `.zero`, and `.bias` float32
-    [out]. Of an "int32" convolution, which ends in integers that a float multiplication and addition follow: `.codes`
-    uint8, 128 higher, `.zero` uint8 [], `.multiplier` and `.offset` float32 [out, 1, ...].
+    Four kinds. "conv": its result goes straight to the next layer's quantizer. "branch": its result gets 8 bits per channel and
+    goes on as floats, `byte * step + offset`. "int32": it ends in integers that a float multiplication and addition follow.
+    "linear": a matrix product, which ends in floats by itself.
+
+    Arrays: `<prefix>.codes` int8 in the weight's shape ("linear": [in, out]; "int32": uint8, 128 higher), `.scale` float32 [out]
+    and `.zero` int8 [out]; `.bias` int32 [out] and `.bias_scale` float32 [out] ("linear": `.bias` float32 [out]). "branch":
+    `.step`, `.offset`, `.mean` (0) and `.variance` (1) float32 [out] as well, of a batch normalization that applies the first two. "int32": `.codes`, `.zero` uint8 [], `.multiplier` and
+    `.offset` float32 [out, 1, ...].
 
     Attributes:
         prefix: of the names of its arrays.
         layer: whose weight it is.
-        kind: "conv", "linear" or "int32".
-        into: of a convolution, the prefix of the input quantizer that alone reads its result, or None.
+        kind: "conv", "branch", "int32" or "linear".
+        into: of a "conv", the prefix of the input quantizer that alone reads its result.
+        ranges: of a "branch", the least and the greatest result at every width, highest first, in units of the batch
+            normalization (how many of its weights away from its bias); calibrated at export.
         bias: the tensor of the float bias, or None.
         norm: the batch normalization folded in, or None.
         epsilon: of the batch normalization.
@@ -72,26 +78,10 @@ class Product:
     layer: str
     kind: str
     into: str | None
+    ranges: tuple[tuple[float, float], ...]
     bias: str | None
     norm: str | None
     epsilon: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Requantizer:
-    """Eight bits for a tensor that no layer's quantizer covers, such as a branch that is added, calibrated at export.
-
-    Arrays: `<prefix>.scale` float32 [], `.zero` uint8 [].
-
-    Attributes:
-        prefix: of the names of its arrays.
-        layer: the quantized layer that runs last before it: its width selects.
-        ranges: the least and the greatest value seen at every width, highest first; 0 lies between them.
-    """
-
-    prefix: str
-    layer: str
-    ranges: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +98,12 @@ class Bindings:
     """All that a graph leaves open.
 
     Attributes:
-        additions: "requantized" (branches that are added have 8 bits) or "exact" (they are float).
+        additions: "requantized" (convolutions that feed one end in 8 bits) or "exact" (in 32).
     """
 
     additions: str
     quantizers: tuple[Quantizer, ...]
     products: tuple[Product, ...]
-    requantizers: tuple[Requantizer, ...]
     constants: tuple[Constant, ...]
 
     def to_text(self) -> str:
@@ -129,12 +118,11 @@ class Bindings:
             ValueError, TypeError, KeyError: it is no such text.
         """
         value = json.loads(text)
-        requantizers = [entry | {"ranges": tuple(map(tuple, entry["ranges"]))} for entry in value["requantizers"]]
+        products = [entry | {"ranges": tuple(map(tuple, entry["ranges"]))} for entry in value["products"]]
         return cls(
             additions=str(value["additions"]),
             quantizers=tuple(Quantizer(**entry) for entry in value["quantizers"]),
-            products=tuple(Product(**entry) for entry in value["products"]),
-            requantizers=tuple(Requantizer(**entry) for entry in requantizers),
+            products=tuple(Product(**entry) for entry in products),
             constants=tuple(Constant(**entry) for entry in value["constants"]),
         )
 
@@ -162,8 +150,6 @@ def values(
         found |= _named(quantizer.prefix, _quantizer(artifact, quantizer))
     for product in bindings.products:
         found |= _named(product.prefix, _product(artifact, product, _thresholds(product, found), filled))
-    for requantizer in bindings.requantizers:
-        found |= _named(requantizer.prefix, _requantizer(artifact, requantizer))
     for constant in bindings.constants:
         array = artifact.tensors[constant.tensor]
         row = array if constant.norm is None else array[artifact.row_of_norm(constant.norm)]
@@ -210,6 +196,16 @@ class _Artifact:
         least, greatest = signed_range(self.assignment[layer])
         return least + _SIGNED_ZERO_POINT, greatest + _SIGNED_ZERO_POINT
 
+    def spread(self, product: Product, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """(|weight|, bias) of a product's batch normalization, about its results' deviation and mean; (1, 0) without one."""
+        if product.norm is None:
+            return np.ones(channels), np.zeros(channels)
+        return np.abs(self._norm(product.norm, "weight", 1.0, channels)), self._norm(product.norm, "bias", 0.0, channels)
+
+    def _norm(self, norm: str, key: str, default: float, channels: int) -> np.ndarray:
+        stacked = self.tensors.get(tensor_name(norm, key))
+        return np.full(channels, default) if stacked is None else stacked[self.row_of_norm(norm)].astype(np.float64)
+
     def room(self, layer: str) -> int:
         """By how many bits a layer's weight codes can be shifted."""
         magnitude = -signed_range(self.assignment[layer])[0]
@@ -225,14 +221,19 @@ class _Artifact:
         bias = np.zeros(channels) if product.bias is None else self.tensors[product.bias].astype(np.float64)
         if product.norm is None:
             return np.ones(channels), bias
-        row = self.row_of_norm(product.norm)
+        weight, shift, mean, variance = (
+            self._norm(product.norm, key, default, channels)
+            for key, default in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0))
+        )
+        a = weight / np.sqrt(variance + product.epsilon)
+        return a, shift + (bias - mean) * a
 
-        def part(key: str, default: float) -> np.ndarray:
-            stacked = self.tensors.get(tensor_name(product.norm or "", key))
-            return np.full(channels, default) if stacked is None else stacked[row].astype(np.float64)
 
-        a = part("weight", 1.0) / np.sqrt(part("running_var", 1.0) + product.epsilon)
-        return a, part("bias", 0.0) + (bias - part("running_mean", 0.0)) * a
+def normalization(
+    product: Product, header: Header, tensors: Mapping[str, np.ndarray], assignment: Mapping[str, int], channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """About the deviation and the mean of a product's results, by channel: |weight| and bias of its batch normalization."""
+    return _Artifact(header, tensors, assignment).spread(product, channels)
 
 
 def may_saturate(
@@ -273,12 +274,6 @@ def _quantizer(artifact: _Artifact, quantizer: Quantizer) -> Arrays:
     }
 
 
-def _requantizer(artifact: _Artifact, requantizer: Requantizer) -> Arrays:
-    least, greatest = requantizer.ranges[artifact.row(requantizer.layer)]
-    scale = np.float32(max(greatest - least, _LEAST_SCALE) / 255)
-    return {"scale": np.asarray(scale), "zero": np.asarray(np.clip(np.round(-least / scale), 0, 255), np.uint8)}
-
-
 def _thresholds(product: Product, arrays: Arrays) -> np.ndarray:
     """The values at which the codes of a convolution's reader step up; none where it has no single reader."""
     if product.into is None:
@@ -314,13 +309,47 @@ def _product(
             "multiplier": multiplier.reshape(shape),
             "offset": offset.reshape(shape),
         }
+    if product.kind == "branch":
+        return _branch(artifact, product, codes, scale, c, 2**shift)
     codes, scale = _with_room_for_bias(codes, scale, np.abs(c) / input_scale)
-    scale = scale.astype(np.float32)
-    bias_scale = np.float32(input_scale) * scale / np.float32(2 ** (fine_shift - shift))
-    unit = np.abs(bias_scale.astype(np.float64))
+    bias_scale = input_scale * scale / 2 ** (fine_shift - shift)
+    unit = np.abs(bias_scale)
     bias = _nearest_bias(c / unit, thresholds / unit[:, None], 2**fine_shift) * np.sign(scale)
-    zero = np.zeros(len(codes), np.int8)
-    return {"codes": codes, "scale": scale, "zero": zero, "bias": bias.astype(np.int32), "bias_scale": bias_scale}
+    return _convolution(codes, scale, bias, bias_scale)
+
+
+def _convolution(codes: np.ndarray, scale: np.ndarray, bias: np.ndarray, bias_scale: np.ndarray) -> Arrays:
+    return {
+        "codes": codes,
+        "scale": scale.astype(np.float32),
+        "zero": np.zeros(len(codes), np.int8),
+        "bias": bias.astype(np.int32),
+        "bias_scale": bias_scale.astype(np.float32),
+    }
+
+
+def _branch(
+    artifact: _Artifact, product: Product, codes: np.ndarray, scale: np.ndarray, c: np.ndarray, step: int
+) -> Arrays:
+    """A convolution whose result has 8 bits in every channel.
+
+    Sums of products are multiples of `step`. Where the range of a channel holds at most 256 of them, every one has a byte of its
+    own, and nothing is lost. The range begins at a multiple, so that the integer bias is exact.
+    """
+    spread, middle = artifact.spread(product, len(codes))
+    least, greatest = product.ranges[artifact.row(product.layer)]
+    grid = np.maximum(float(artifact.input_scale(product.layer)) * np.abs(scale) * step, _LEAST_SCALE)
+    steps_below = np.clip(np.floor((middle + least * spread - c) / grid), -_GREATEST_BIAS // step, _GREATEST_BIAS // step)
+    width = np.maximum((greatest - least) * spread / 255, grid)
+    scale = np.copysign(np.maximum(np.abs(scale), _LEAST_SCALE), scale) / width
+    bias = -steps_below * step * np.sign(scale)
+    bias_scale = float(artifact.input_scale(product.layer)) * scale
+    return _convolution(codes, scale, bias, bias_scale) | {
+        "step": width.astype(np.float32),
+        "offset": (c + steps_below * grid).astype(np.float32),
+        "mean": np.zeros(len(codes), np.float32),
+        "variance": np.ones(len(codes), np.float32),
+    }
 
 
 def _nearest_bias(bias: np.ndarray, thresholds: np.ndarray, step: int) -> np.ndarray:
