@@ -10,6 +10,7 @@ from bitswitch.version import __version__
 
 if TYPE_CHECKING:
     from bitswitch.export import load, save
+    from bitswitch.export.onnx import export_onnx
     from bitswitch.nn import quantize, switch, switched, widths
     from bitswitch.search import hessian_trace
     from bitswitch.training import MultiPrecisionOptimizer
@@ -23,11 +24,13 @@ _ROOMS = {
     "hessian_trace": "bitswitch.search",
     "save": "bitswitch.export",
     "load": "bitswitch.export",
+    "export_onnx": "bitswitch.export.onnx",
 }
 
 __all__ = [
     "MultiPrecisionOptimizer",
     "__version__",
+    "export_onnx",
     "hessian_trace",
     "load",
     "quantize",

@@ -13,7 +13,7 @@ from bitswitch.artifact import Header
 from bitswitch.errors import UserError, nearest, require
 from bitswitch.export.artifact import Additions
 from bitswitch.export.float_graph import float_graph
-from bitswitch.export.lowering import Lowering, branches, end_in_bytes, end_in_int32, lower_layers
+from bitswitch.export.lowering import Lowering, branches, end_in_bytes, end_in_floats, end_in_int32, lower_layers
 from bitswitch.nn import evaluating, switched
 from bitswitch.nn.switch import quantized_layers
 from bitswitch.runtime.bindings import Arrays, Bindings, normalization, values
@@ -37,6 +37,21 @@ class IntegerGraph:
         """The numbers at an assignment."""
         return values(self.bindings, self.header, self.tensors, assignment, **options)
 
+    def strip(self) -> None:
+        """Take out what the exporter notes of every node, stack traces for one: it outweighs the nodes."""
+        for node in ir.traversal.RecursiveGraphIterator(self.model.graph):
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+                if not value.is_graph_output():
+                    value.shape = value.type = None
+        graph = self.model.graph
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        graph.metadata_props.clear()
+        self.model.metadata_props.clear()
+
 
 def integer_graph(
     model: nn.Module,
@@ -54,15 +69,17 @@ def integer_graph(
         header: of its artifact.
         tensors: of its artifact.
         example_inputs: what it is called with: real data, since the ranges of eight-bit branches come from it.
-        additions: "requantized": what takes part in an addition or a concatenation has 8 bits, with ranges from the example
-            inputs; "exact": it is float.
-        int32: with "exact", let convolutions whose result stays float end in int32 (ConvInteger); else they are QDQ.
+        additions: "requantized": convolutions that feed an addition (or anything but one layer) end in 8 bits, with ranges from
+            the example inputs; "exact": they end in 32.
+        int32: with "exact", whether such convolutions are integer operations (ConvInteger) or quantize-dequantize float ones.
 
     Raises:
         UserError: an extra is not installed, or the network cannot be exported.
     """
     if additions not in get_args(Additions):
-        raise UserError(f"additions={additions!r}{nearest(str(additions), get_args(Additions))}; use requantized or exact")
+        raise UserError(
+            f"additions={additions!r}{nearest(str(additions), get_args(Additions))}; use requantized or exact"
+        )
     require("onnxruntime", "runtime")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     lowering = lower_layers(float_graph(model, inputs, tensors), header, tensors)
@@ -70,6 +87,8 @@ def integer_graph(
         end_in_bytes(lowering, _ranges(lowering, inputs))
     elif int32:
         end_in_int32(lowering)
+    else:
+        end_in_floats(lowering)
     bindings = lowering.bindings(additions)
     return IntegerGraph(lowering.model, bindings, header, tensors)
 
@@ -117,24 +136,9 @@ def stored(graph: IntegerGraph) -> bytes:
             "artifact", 0, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name
         )
         value.shape, value.type = ir.Shape(array.shape), ir.TensorType(dtype)
-    _strip(graph.model)
+    graph.strip()
     graph.model.metadata_props[KEY] = graph.bindings.to_text()
     return ir.serde.serialize_model(graph.model).SerializeToString()
-
-
-def _strip(model: ir.Model) -> None:
-    """Take out what the exporter notes of every node, stack traces for one: it outweighs the nodes."""
-    for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if not value.is_graph_output():
-                value.shape = value.type = None
-    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    model.metadata_props.clear()
 
 
 def session_graph(

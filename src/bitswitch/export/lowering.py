@@ -1,4 +1,4 @@
-"""The rewrite of a float graph into an integer one: quantizers, integer weights, folded batch normalization, eight-bit branches.
+"""The rewrite of a float graph into an integer one: quantizers, integer weights, folded batch normalization, branches.
 
 The result has quantize and dequantize nodes around float operations (QDQ), which ONNX Runtime fuses into integer kernels: a
 convolution where its result is quantized by one node alone, a matrix product also where it stays float.
@@ -14,6 +14,7 @@ import onnx_ir as ir
 from bitswitch.artifact import Header, tensor_name
 from bitswitch.errors import UserError
 from bitswitch.runtime.bindings import Bindings, Constant, Product, Quantizer
+
 
 @dataclass
 class Lowering:
@@ -35,6 +36,7 @@ class Lowering:
 
     @property
     def graph(self) -> ir.Graph:
+        """The model's."""
         return self.model.graph
 
     def prefix(self, name: str) -> str:
@@ -59,7 +61,9 @@ class Lowering:
 
     def bindings(self, additions: str) -> Bindings:
         """All that the graph leaves open, once it is rewritten; unused inputs that were parameters are dropped."""
-        self.model.graph.sort()
+        self.graph.sort()
+        for name in [name for name, value in self.graph.initializers.items() if not value.uses()]:
+            del self.graph.initializers[name]
         constants = []
         norms = {tensor_name(norm, key): norm for norm in self.header.norms for key in _NORM_PARTS}
         for value in list(self.graph.inputs):
@@ -78,14 +82,15 @@ class Lowering:
             constants=tuple(constants),
         )
 
-
     def _reader(self, product: Product, value: ir.Value) -> str | None:
         """The prefix of the quantizer that alone reads the result of a convolution."""
         node = _only_user(value)
         if product.kind != "conv" or node is None or node.op_type != "QuantizeLinear":
             return None
         scale = node.inputs[1]
-        return next((q.prefix for q, _ in self.quantizers.values() if scale and scale.name == f"{q.prefix}.scale"), None)
+        return next(
+            (q.prefix for q, _ in self.quantizers.values() if scale and scale.name == f"{q.prefix}.scale"), None
+        )
 
 
 _NORM_PARTS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -117,14 +122,16 @@ def lower_layers(model: ir.Model, header: Header, tensors: Mapping[str, np.ndarr
         if node in uses:
             _lower_layer(lowering, node, uses[node])
     if not lowering.products:
-        raise UserError("the exported graph holds no quantized layer: does the network call them on the example inputs?")
+        raise UserError(
+            "the exported graph holds no quantized layer: does the network call them on the example inputs?"
+        )
     return lowering
 
 
 def _lower_layer(lowering: Lowering, node: ir.Node, layer: str) -> None:
     if node.op_type == "Conv":
         _lower_convolution(lowering, node, layer)
-    elif node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+    elif node.op_type == "Gemm" and node.attributes.get_int("transB"):
         _lower_linear(lowering, node, layer, node.inputs[2])
     elif node.op_type == "Transpose":
         for product, _ in list(node.outputs[0].uses()):
@@ -141,15 +148,21 @@ def _lower_convolution(lowering: Lowering, node: ir.Node, layer: str) -> None:
     prefix = lowering.prefix(tensor_name(layer, "product"))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     product = Product(
-        prefix=prefix, layer=layer, kind="conv", into=None, ranges=(), bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
+        prefix=prefix,
+        layer=layer,
+        kind="conv",
+        into=None,
+        ranges=(),
+        bias=_parameter(lowering, bias, layer),
+        norm=norm,
+        epsilon=epsilon,
     )
     x = _quantized_input(lowering, node, layer)
     codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
     weight = lowering.add(node, "DequantizeLinear", [codes, scale, zero], name=f"{prefix}.weight", axis=0)
     parts = [lowering.constant(f"{prefix}.{key}") for key in ("bias", "bias_scale")]
     float_bias = lowering.add(node, "DequantizeLinear", parts, name=f"{prefix}.float_bias", axis=0)
-    attributes = {name: attribute for name, attribute in node.attributes.items()}
-    made = ir.Node("", "Conv", [x, weight, float_bias], attributes.values(), outputs=[ir.Value(name=prefix)])
+    made = ir.Node("", "Conv", [x, weight, float_bias], node.attributes.values(), outputs=[ir.Value(name=prefix)])
     lowering.graph.insert_before(node, made)
     _take_place(lowering, end, made.outputs[0])
     lowering.products.append((product, made.outputs[0]))
@@ -165,7 +178,14 @@ def _lower_linear(lowering: Lowering, node: ir.Node, layer: str, bias: ir.Value 
     norm, epsilon, end = _following_norm(lowering, end)
     prefix = lowering.prefix(tensor_name(layer, "product"))
     product = Product(
-        prefix=prefix, layer=layer, kind="linear", into=None, ranges=(), bias=_parameter(lowering, bias, layer), norm=norm, epsilon=epsilon
+        prefix=prefix,
+        layer=layer,
+        kind="linear",
+        into=None,
+        ranges=(),
+        bias=_parameter(lowering, bias, layer),
+        norm=norm,
+        epsilon=epsilon,
     )
     x = _quantized_input(lowering, node, layer)
     codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
@@ -293,7 +313,7 @@ def _quantized_input(lowering: Lowering, node: ir.Node, layer: str) -> ir.Value:
 def branches(lowering: Lowering) -> list[int]:
     """Which products are convolutions whose result is not read by just one layer's quantizer, such as those that are added.
 
-    ONNX Runtime fuses a convolution between quantizers alone; one that ends in floats would run in floats from its first product.
+    ONNX Runtime fuses a convolution between quantizers alone; one that ends in floats would run in floats altogether.
     """
     return [i for i, (product, value) in enumerate(lowering.products) if product.kind == "conv" and not _is_read(value)]
 
@@ -317,13 +337,16 @@ def end_in_bytes(lowering: Lowering, ranges: Mapping[int, tuple[tuple[float, flo
         prefix = product.prefix
         node = value.producer()
         assert node is not None
-        convolution = ir.Node("", "Conv", node.inputs, node.attributes.values(), outputs=[ir.Value(name=f"{prefix}.conv")])
+        convolution = ir.Node(
+            "", "Conv", node.inputs, node.attributes.values(), outputs=[ir.Value(name=f"{prefix}.conv")]
+        )
         lowering.graph.insert_before(node, convolution)
         made = lowering.add(node, "QuantizeLinear", [convolution.outputs[0], one, zero], name=f"{prefix}.bytes")
         made = lowering.add(node, "DequantizeLinear", [made, one, zero], name=f"{prefix}.steps")
         step, offset = lowering.constant(f"{prefix}.step"), lowering.constant(f"{prefix}.offset")
         mean, variance = lowering.constant(f"{prefix}.mean"), lowering.constant(f"{prefix}.variance")
-        # Not a multiplication and an addition: ONNX Runtime would carry them into the convolution's layout, where they are slow.
+        # Not a multiplication and an addition: ONNX Runtime would carry them into the convolution's layout, where they
+        # are slow.
         made = lowering.add(
             node, "BatchNormalization", [made, step, offset, mean, variance], name=f"{prefix}.result", epsilon=0.0
         )
@@ -335,8 +358,20 @@ def _fixed(lowering: Lowering, name: str, array: np.generic) -> ir.Value:
     """A constant that is in the graph."""
     value = lowering.constant(f"bitswitch.{name}")
     value.const_value = ir.tensor(np.asarray(array), name=value.name)
-    value.shape, value.type = value.const_value.shape, ir.TensorType(value.const_value.dtype)
+    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
     return value
+
+
+def end_in_floats(lowering: Lowering) -> None:
+    """Let `branches` be what a quantize-dequantize graph makes of them, float convolutions, with a bias that is not rounded."""
+    for i in branches(lowering):
+        product, value = lowering.products[i]
+        node = value.producer()
+        assert node is not None
+        rounded = node.inputs[2]
+        node.replace_input_with(2, lowering.constant(f"{product.prefix}.bias"))
+        _remove_dead(lowering.graph, None if rounded is None else rounded.producer())
+        lowering.products[i] = (replace(product, kind="float"), value)
 
 
 def end_in_int32(lowering: Lowering) -> None:
@@ -353,12 +388,12 @@ def end_in_int32(lowering: Lowering) -> None:
             lowering.constant(f"{prefix}.{key}") for key in ("codes", "zero", "multiplier", "offset")
         )
         inputs = [codes, weight, zero, weight_zero]
-        convolution = ir.Node("", "ConvInteger", inputs, node.attributes.values(), outputs=[ir.Value(name=f"{prefix}.int32")])
+        convolution = ir.Node(
+            "", "ConvInteger", inputs, node.attributes.values(), outputs=[ir.Value(name=f"{prefix}.int32")]
+        )
         lowering.graph.insert_before(node, convolution)
         made = lowering.add(node, "Cast", convolution.outputs, name=f"{prefix}.sum", to=ir.DataType.FLOAT)
         made = lowering.add(node, "Mul", [made, multiplier], name=f"{prefix}.scaled")
         made = lowering.add(node, "Add", [made, offset], name=f"{prefix}.result")
         _take_place(lowering, value, made)
         lowering.products[i] = (replace(product, kind="int32"), made)
-    for name in [name for name, value in lowering.graph.initializers.items() if not value.uses()]:
-        del lowering.graph.initializers[name]

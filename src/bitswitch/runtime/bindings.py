@@ -10,9 +10,8 @@ two products of an unsigned and a signed byte stays below 2^15, where x86 withou
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -53,19 +52,19 @@ class Quantizer:
 class Product:
     """A convolution or matrix product of a layer, with the batch normalization that follows it folded in.
 
-    Four kinds. "conv": its result goes straight to the next layer's quantizer. "branch": its result gets 8 bits per channel and
+    Five kinds. "conv": its result goes straight to the next layer's quantizer. "branch": its result gets 8 bits per channel and
     goes on as floats, `byte * step + offset`. "int32": it ends in integers that a float multiplication and addition follow.
-    "linear": a matrix product, which ends in floats by itself.
+    "float": a float convolution of dequantized codes. "linear": a matrix product, which ends in floats by itself.
 
-    Arrays: `<prefix>.codes` int8 in the weight's shape ("linear": [in, out]; "int32": uint8, 128 higher), `.scale` float32 [out]
-    and `.zero` int8 [out]; `.bias` int32 [out] and `.bias_scale` float32 [out] ("linear": `.bias` float32 [out]). "branch":
-    `.step`, `.offset`, `.mean` (0) and `.variance` (1) float32 [out] as well, of a batch normalization that applies the first two. "int32": `.codes`, `.zero` uint8 [], `.multiplier` and
-    `.offset` float32 [out, 1, ...].
+    Arrays: `<prefix>.codes` int8 in the weight's shape ("linear": [in, out]; "int32": uint8, 128 higher), `.scale` float32
+    [out] and `.zero` int8 [out]; `.bias` int32 [out] and `.bias_scale` float32 [out], or for "linear" and "float" `.bias` float32
+    [out]. "branch" has more: `.step`, `.offset`, `.mean` (0) and `.variance` (1), float32 [out], of the batch normalization
+    that applies the first two. "int32" has `.codes`, `.zero` uint8 [], `.multiplier` and `.offset` float32 [out, 1, ...].
 
     Attributes:
         prefix: of the names of its arrays.
         layer: whose weight it is.
-        kind: "conv", "branch", "int32" or "linear".
+        kind: "conv", "branch", "int32", "float" or "linear".
         into: of a "conv", the prefix of the input quantizer that alone reads its result.
         ranges: of a "branch", the least and the greatest result at every width, highest first, in units of the batch
             normalization (how many of its weights away from its bias); calibrated at export.
@@ -200,7 +199,9 @@ class _Artifact:
         """(|weight|, bias) of a product's batch normalization, about its results' deviation and mean; (1, 0) without one."""
         if product.norm is None:
             return np.ones(channels), np.zeros(channels)
-        return np.abs(self._norm(product.norm, "weight", 1.0, channels)), self._norm(product.norm, "bias", 0.0, channels)
+        return np.abs(self._norm(product.norm, "weight", 1.0, channels)), self._norm(
+            product.norm, "bias", 0.0, channels
+        )
 
     def _norm(self, norm: str, key: str, default: float, channels: int) -> np.ndarray:
         stacked = self.tensors.get(tensor_name(norm, key))
@@ -282,9 +283,7 @@ def _thresholds(product: Product, arrays: Arrays) -> np.ndarray:
     return (np.arange(int(low) + 1, int(high) + 1) - int(zero) - 0.5) * float(scale)
 
 
-def _product(
-    artifact: _Artifact, product: Product, thresholds: np.ndarray, filled: Callable[[int], bool]
-) -> Arrays:
+def _product(artifact: _Artifact, product: Product, thresholds: np.ndarray, filled: Callable[[int], bool]) -> Arrays:
     layer = product.layer
     high, width = artifact.header.widths[0], artifact.assignment[layer]
     codes = narrow(artifact.tensors[tensor_name(layer, "codes")], high, width)
@@ -295,8 +294,8 @@ def _product(
     a, c = artifact.affine(product, len(codes))
     scale = a * (weight_scale * 2.0 ** (high - width - shift))
     input_scale = float(artifact.input_scale(layer))
-    if product.kind == "linear":
-        return _linear(codes, scale, c)
+    if product.kind in ("linear", "float"):
+        return _float_result(codes.T if product.kind == "linear" else codes, scale, c)
     if product.kind == "int32":
         shape = (-1, *[1] * (codes.ndim - 2))
         multiplier, offset = (input_scale * scale).astype(np.float32), c.astype(np.float32)
@@ -333,13 +332,15 @@ def _branch(
 ) -> Arrays:
     """A convolution whose result has 8 bits in every channel.
 
-    Sums of products are multiples of `step`. Where the range of a channel holds at most 256 of them, every one has a byte of its
-    own, and nothing is lost. The range begins at a multiple, so that the integer bias is exact.
+    Sums of products are multiples of `step`. Where the range of a channel holds at most 256 of them, every one has a byte of
+    its own, and nothing is lost. The range begins at a multiple, so that the integer bias is exact.
     """
     spread, middle = artifact.spread(product, len(codes))
     least, greatest = product.ranges[artifact.row(product.layer)]
     grid = np.maximum(float(artifact.input_scale(product.layer)) * np.abs(scale) * step, _LEAST_SCALE)
-    steps_below = np.clip(np.floor((middle + least * spread - c) / grid), -_GREATEST_BIAS // step, _GREATEST_BIAS // step)
+    steps_below = np.clip(
+        np.floor((middle + least * spread - c) / grid), -_GREATEST_BIAS // step, _GREATEST_BIAS // step
+    )
     width = np.maximum((greatest - least) * spread / 255, grid)
     scale = np.copysign(np.maximum(np.abs(scale), _LEAST_SCALE), scale) / width
     bias = -steps_below * step * np.sign(scale)
@@ -370,11 +371,11 @@ def _nearest_bias(bias: np.ndarray, thresholds: np.ndarray, step: int) -> np.nda
     return np.take_along_axis(candidates, wrong.argmin(1)[:, None], 1)[:, 0]
 
 
-def _linear(codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:
+def _float_result(codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:
     return {
-        "codes": np.ascontiguousarray(codes.T),
+        "codes": np.ascontiguousarray(codes),
         "scale": scale.astype(np.float32),
-        "zero": np.zeros(len(codes), np.int8),
+        "zero": np.zeros(len(scale), np.int8),
         "bias": c.astype(np.float32),
     }
 
@@ -390,4 +391,3 @@ def _with_room_for_bias(codes: np.ndarray, scale: np.ndarray, bias: np.ndarray) 
         return codes, scale
     ratio = np.where(coarser, np.abs(scale) / least, 1.0).reshape(-1, *[1] * (codes.ndim - 1))
     return np.round(codes * ratio).astype(np.int8), np.where(coarser, np.copysign(least, scale), scale)
-

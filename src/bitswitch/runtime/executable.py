@@ -19,7 +19,7 @@ KEY = "bitswitch"
 # ONNX Runtime's name for "unsigned weights on x86 without VNNI": slower there, and exact.
 _PRECISION = "session.x64quantprecision"
 _ERRORS_ALONE = 3
-# It would move quantizers across poolings, into kernels that are slower for bytes than for floats; ours stand where they should.
+# It would move quantizers across poolings, whose kernels are slower for bytes than for floats; ours stand where they should.
 _PROPAGATION = "QDQPropagationTransformer"
 
 
@@ -92,7 +92,9 @@ def _must_be_precise(may_saturate: bool) -> bool:
     """
     precise = may_saturate and not _convolves(precise=False)
     if not _convolves(precise=True):
-        raise UserError("this ONNX Runtime computes a convolution of bytes wrongly on this machine: install another version")
+        raise UserError(
+            "this ONNX Runtime computes a convolution of bytes wrongly on this machine: install another version"
+        )
     return precise
 
 
