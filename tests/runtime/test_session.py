@@ -95,7 +95,9 @@ def test_codes_are_those_of_a_numpy_interpreter(made, additions, width):
     proto, expected = reference_codes(source, assignment, images.numpy())
     found = Executable(proto.SerializeToString(), {}).run([images.numpy()])
     assert len(found) >= 3
-    differences = np.concatenate([np.abs(a.astype(int) - b.astype(int)).ravel() for a, b in zip(found, expected, strict=True)])
+    differences = np.concatenate(
+        [np.abs(a.astype(int) - b.astype(int)).ravel() for a, b in zip(found, expected, strict=True)]
+    )
     assert differences.max() <= 1 and (differences != 0).mean() <= 1e-3
 
 

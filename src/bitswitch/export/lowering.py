@@ -190,7 +190,8 @@ def _lower_linear(lowering: Lowering, node: ir.Node, layer: str, bias: ir.Value 
     x = _quantized_input(lowering, node, layer)
     codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
     weight = lowering.add(node, "DequantizeLinear", [codes, scale, zero], name=f"{prefix}.weight", axis=1)
-    made = lowering.add(node, "MatMul", [x, weight], name=f"{prefix}.matmul")
+    # As the exporter has it: ONNX Runtime makes a float Gemm of a MatMul of two dimensions that an addition follows.
+    made = lowering.add(node, node.op_type, [x, weight], name=f"{prefix}.matmul")
     made = lowering.add(node, "Add", [made, lowering.constant(f"{prefix}.bias")], name=prefix)
     _take_place(lowering, end, made)
     lowering.products.append((product, made))

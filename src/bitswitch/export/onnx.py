@@ -1,5 +1,6 @@
 """`export_onnx`: one ONNX file for one assignment, in standard operations, checked before it is put in place."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ from bitswitch import files
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError, nearest
 from bitswitch.export.artifact import Additions, contents
-from bitswitch.export.graph import IntegerGraph, agree, integer_graph
+from bitswitch.export.graph import IntegerGraph, compare, integer_graph
 from bitswitch.nn import widths
 from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
@@ -36,8 +37,8 @@ def export_onnx(
     """Write the model as it stands, at the widths in use, to one ONNX file; the batch may have any size.
 
     Quantizers are QuantizeLinear and DequantizeLinear pairs (QDQ), with a Clip on the bytes where a width is narrower, and
-    integer weights behind a DequantizeLinear. Batch normalization is folded. The file passes ONNX's checker and is held
-    against the model in ONNX Runtime before it is put in place.
+    integer weights behind a DequantizeLinear. Batch normalization is folded. The graph is held against the model, and the file
+    passes ONNX's checker and opens in ONNX Runtime, before it is put in place.
 
     On x86 without VNNI, ONNX Runtime's kernels let 8-bit products saturate in pairs: set the session option
     `session.x64quantprecision` to "1" there. Weights of 7 bits or fewer are not concerned.
@@ -59,7 +60,10 @@ def export_onnx(
     graph = integer_graph(model, header, tensors, example_inputs, additions)
     assignment = widths(model)
     content = _file(graph, assignment, weights)
-    agree(model, assignment, example_inputs, _opened(content, weights))
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    noise, _ = compare(model, assignment, inputs, _opened(content, weights))
+    if not math.isfinite(noise):
+        raise UserError(f"the exported {type(model).__name__} gives results that are not finite: nothing was written")
     files.write(path, content)
 
 
@@ -154,4 +158,8 @@ def _decide(graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> None:
             graph.insert_before(node, made)
             new = made.outputs[0]
         old.replace_all_uses_with(new)
+        for name in ("then_branch", "else_branch"):
+            for inner in node.attributes[name].as_graph():
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
         graph.remove(node, safe=True)
