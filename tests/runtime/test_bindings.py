@@ -189,7 +189,9 @@ def test_the_probe_is_what_it_says():
     info = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, executable._PROBE_SHAPE) for name in "xy"]
     arrays = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
     graph = onnx.helper.make_graph([node], "probe", info[:1], info[1:], arrays)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 10)], ir_version=5, producer_name="")
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 10)], ir_version=5, producer_name=""
+    )
     assert model.SerializeToString() == executable._PROBE
 
 
