@@ -58,8 +58,8 @@ class Product:
 
     Arrays: `<prefix>.codes` int8 in the weight's shape ("linear": [in, out]; "int32": uint8, 128 higher), `.scale` float32
     [out] and `.zero` int8 [out]; `.bias` int32 [out] and `.bias_scale` float32 [out], or `.bias` float32 [out] alone for
-    "linear" and "float". "branch" has more: `.step`, `.offset`, `.mean` (0) and `.variance` (1), float32 [out], of the batch normalization
-    that applies the first two. "int32" has `.codes`, `.zero` uint8 [], `.multiplier` and `.offset` float32 [out, 1, ...].
+    "linear" and "float". "branch" has more: `.step`, `.offset`, `.mean` (0) and `.variance` (1), float32 [out], of the batch
+    normalization that applies the first two. "int32": `.codes`, `.zero` uint8 [], `.multiplier`, `.offset` [out, 1, ...].
 
     Attributes:
         prefix: of the names of its arrays.
