@@ -13,16 +13,26 @@ from bitswitch.artifact import Header
 from bitswitch.errors import UserError, nearest, require
 from bitswitch.export.artifact import Additions
 from bitswitch.export.float_graph import float_graph
-from bitswitch.export.lowering import Lowering, branches, end_in_bytes, end_in_floats, end_in_int32, lower_layers
+from bitswitch.export.lowering import (
+    Lowering,
+    Ranges,
+    branches,
+    end_in_bytes,
+    end_in_floats,
+    end_in_int32,
+    lower_layers,
+)
 from bitswitch.nn import evaluating, switched
 from bitswitch.nn.switch import quantized_layers
-from bitswitch.runtime.bindings import Arrays, Bindings, normalization, values
+from bitswitch.runtime.bindings import Arrays, Bindings, values
 from bitswitch.runtime.executable import KEY, Executable
 
 # A graph that computes something else is off by as much as results vary from input to input, or more; at 8 bits eight-bit
 # branches and roundings that fall the other way cost far less. At 2 bits, in a network that was not trained for them, they
 # need not, so that the strict bound is for the highest width.
 _GREATEST_NOISE = 0.5
+# How far the range of a channel reaches beyond what the example inputs showed, either way.
+_ROOM = 0.1
 
 
 @dataclass(frozen=True)
@@ -101,9 +111,9 @@ def integer_graph(
     return graph
 
 
-def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, tuple[tuple[float, float], ...]]:
-    """By index of a branch, its least and its greatest result at every width, in units of its batch normalization."""
-    found: dict[int, list[tuple[float, float]]] = {i: [] for i in branches(lowering)}
+def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, Ranges]:
+    """By index of a branch, the least and the greatest result of its channels at every width, with some room beyond."""
+    found: dict[int, list[tuple[tuple[float, ...], tuple[float, ...]]]] = {i: [] for i in branches(lowering)}
     if not found:
         return {}
     header, tensors = lowering.header, lowering.tensors
@@ -118,20 +128,17 @@ def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, tuple[tupl
         assignment = dict.fromkeys((layer.name for layer in header.layers), width)
         executable = Executable(stored(graph), graph.arrays(assignment), optimize=False)
         for i, result in zip(found, executable.run(_numpy(inputs)), strict=True):
-            product = lowering.products[i][0]
-            spread, middle = normalization(product, header, tensors, assignment, result.shape[1])
-            found[i].append(_extremes(result, spread, middle))
+            found[i].append(_extremes(result))
     return {i: tuple(ranges) for i, ranges in found.items()}
 
 
-def _extremes(result: np.ndarray, spread: np.ndarray, middle: np.ndarray) -> tuple[float, float]:
-    """The least and the greatest of `(result - middle) / spread`, channels being dimension 1; those without spread left out."""
+def _extremes(result: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The least and the greatest result of every channel (dimension 1), and beyond them the room that unseen inputs want."""
     axes = tuple(axis for axis in range(result.ndim) if axis != 1)
-    open_ = spread > np.finfo(np.float32).tiny
-    least, greatest = (
-        (extreme.astype(np.float64) - middle)[open_] / spread[open_] for extreme in (result.min(axes), result.max(axes))
-    )
-    return float(least.min(initial=0.0)), float(greatest.max(initial=0.0))
+    least, greatest = result.min(axes).astype(np.float64), result.max(axes).astype(np.float64)
+    room = _ROOM * (greatest - least)
+    # Three digits: they are stored for every channel and width, as text.
+    return tuple(float(f"{x:.3g}") for x in least - room), tuple(float(f"{x:.3g}") for x in greatest + room)
 
 
 def stored(graph: IntegerGraph) -> bytes:

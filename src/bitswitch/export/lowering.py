@@ -15,6 +15,9 @@ from bitswitch.artifact import Header, tensor_name
 from bitswitch.errors import UserError
 from bitswitch.runtime.bindings import Bindings, Constant, Product, Quantizer
 
+# Of a branch, at every width, the least and the greatest result of every channel.
+Ranges = tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+
 
 @dataclass
 class Lowering:
@@ -324,12 +327,12 @@ def _is_read(value: ir.Value) -> bool:
     return node is not None and node.op_type == "QuantizeLinear"
 
 
-def end_in_bytes(lowering: Lowering, ranges: Mapping[int, tuple[tuple[float, float], ...]]) -> None:
+def end_in_bytes(lowering: Lowering, ranges: Mapping[int, Ranges]) -> None:
     """Give the results of `branches` 8 bits per channel: QuantizeLinear, DequantizeLinear and the channels' offsets.
 
     Args:
         lowering: of `lower_layers`.
-        ranges: by index of a product, the least and the greatest result at every width; see `Product.ranges`.
+        ranges: by index of a product, see `Product.ranges`.
     """
     one = _fixed(lowering, "one", np.float32(1))
     zero = _fixed(lowering, "zero", np.uint8(0))

@@ -66,8 +66,8 @@ class Product:
         layer: whose weight it is.
         kind: "conv", "branch", "int32", "float" or "linear".
         into: of a "conv", the prefix of the input quantizer that alone reads its result.
-        ranges: of a "branch", the least and the greatest result at every width, highest first, in units of the batch
-            normalization (how many of its weights away from its bias); calibrated at export.
+        ranges: of a "branch", at every width, highest first, the least and the greatest result of every channel; calibrated at
+            export.
         bias: the tensor of the float bias, or None.
         norm: the batch normalization folded in, or None.
         epsilon: of the batch normalization.
@@ -77,7 +77,7 @@ class Product:
     layer: str
     kind: str
     into: str | None
-    ranges: tuple[tuple[float, float], ...]
+    ranges: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
     bias: str | None
     norm: str | None
     epsilon: float
@@ -117,7 +117,10 @@ class Bindings:
             ValueError, TypeError, KeyError: it is no such text.
         """
         value = json.loads(text)
-        products = [entry | {"ranges": tuple(map(tuple, entry["ranges"]))} for entry in value["products"]]
+        products = [
+            entry | {"ranges": tuple((tuple(least), tuple(greatest)) for least, greatest in entry["ranges"])}
+            for entry in value["products"]
+        ]
         return cls(
             additions=str(value["additions"]),
             quantizers=tuple(Quantizer(**entry) for entry in value["quantizers"]),
@@ -195,14 +198,6 @@ class _Artifact:
         least, greatest = signed_range(self.assignment[layer])
         return least + _SIGNED_ZERO_POINT, greatest + _SIGNED_ZERO_POINT
 
-    def spread(self, product: Product, channels: int) -> tuple[np.ndarray, np.ndarray]:
-        """(|weight|, bias) of a product's batch normalization, about its results' deviation and mean; (1, 0) without one."""
-        if product.norm is None:
-            return np.ones(channels), np.zeros(channels)
-        return np.abs(self._norm(product.norm, "weight", 1.0, channels)), self._norm(
-            product.norm, "bias", 0.0, channels
-        )
-
     def _norm(self, norm: str, key: str, default: float, channels: int) -> np.ndarray:
         stacked = self.tensors.get(tensor_name(norm, key))
         return np.full(channels, default) if stacked is None else stacked[self.row_of_norm(norm)].astype(np.float64)
@@ -228,13 +223,6 @@ class _Artifact:
         )
         a = weight / np.sqrt(variance + product.epsilon)
         return a, shift + (bias - mean) * a
-
-
-def normalization(
-    product: Product, header: Header, tensors: Mapping[str, np.ndarray], assignment: Mapping[str, int], channels: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """About the deviation and the mean of a product's results, by channel: |weight| and bias of its batch normalization."""
-    return _Artifact(header, tensors, assignment).spread(product, channels)
 
 
 def may_saturate(
@@ -335,13 +323,10 @@ def _branch(
     Sums of products are multiples of `step`. Where the range of a channel holds at most 256 of them, every one has a byte of
     its own, and nothing is lost. The range begins at a multiple, so that the integer bias is exact.
     """
-    spread, middle = artifact.spread(product, len(codes))
-    least, greatest = product.ranges[artifact.row(product.layer)]
+    least, greatest = (np.array(bound) for bound in product.ranges[artifact.row(product.layer)])
     grid = np.maximum(float(artifact.input_scale(product.layer)) * np.abs(scale) * step, _LEAST_SCALE)
-    steps_below = np.clip(
-        np.floor((middle + least * spread - c) / grid), -_GREATEST_BIAS // step, _GREATEST_BIAS // step
-    )
-    width = np.maximum((greatest - least) * spread / 255, grid)
+    steps_below = np.clip(np.floor((least - c) / grid), -_GREATEST_BIAS // step, _GREATEST_BIAS // step)
+    width = np.maximum((greatest - least) / 255, grid)
     scale = np.copysign(np.maximum(np.abs(scale), _LEAST_SCALE), scale) / width
     bias = -steps_below * step * np.sign(scale)
     bias_scale = float(artifact.input_scale(product.layer)) * scale
