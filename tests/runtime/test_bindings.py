@@ -133,7 +133,7 @@ def test_a_closed_channel_keeps_its_bias():
             assert np.allclose(found["p.bias"] * found["p.bias_scale"].astype(float), c, rtol=1e-5)
         elif kind == "branch":
             byte = np.clip(np.round(found["p.bias"] * found["p.bias_scale"].astype(float)), 0, 255)
-            assert np.allclose(byte * found["p.step"] + found["p.offset"], c, rtol=1e-4)
+            assert (np.abs(byte * found["p.step"] + found["p.offset"] - c) <= found["p.step"] / 2).all()
         else:
             assert np.allclose(found["p.offset" if kind == "int32" else "p.bias"].ravel(), c, rtol=1e-5)
 
