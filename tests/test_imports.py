@@ -17,7 +17,7 @@ LEVELS = [
     {"files"},
     {"codes", "assignment"},
     {"numerics", "artifact"},
-    {"nn"},
+    {"nn", "runtime"},
     {"models", "data"},
     {"training", "search", "export"},
     {"config", "rundir", "machine"},
@@ -96,7 +96,9 @@ def test_there_are_no_cycles_between_modules():
         visit(name, ())
 
 
-@pytest.mark.parametrize("module", ["bitswitch", "bitswitch.codes", "bitswitch.assignment", "bitswitch.artifact"])
+@pytest.mark.parametrize(
+    "module", ["bitswitch", "bitswitch.codes", "bitswitch.assignment", "bitswitch.artifact", "bitswitch.runtime"]
+)
 def test_loads_without_torch(module):
     code = f"import sys, {module}; assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True)

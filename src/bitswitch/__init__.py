@@ -10,6 +10,7 @@ from bitswitch.version import __version__
 
 if TYPE_CHECKING:
     from bitswitch.export import load, save, upgrade
+    from bitswitch.export.onnx import export_onnx
     from bitswitch.nn import quantize, switch, switched, widths
     from bitswitch.search import hessian_trace
     from bitswitch.training import MultiPrecisionOptimizer
@@ -21,18 +22,22 @@ _ROOMS = {
     "widths": "bitswitch.nn",
     "MultiPrecisionOptimizer": "bitswitch.training",
     "hessian_trace": "bitswitch.search",
+    "search": "bitswitch.search",
     "save": "bitswitch.export",
     "load": "bitswitch.export",
     "upgrade": "bitswitch.export",
+    "export_onnx": "bitswitch.export.onnx",
 }
 
 __all__ = [
     "MultiPrecisionOptimizer",
     "__version__",
+    "export_onnx",
     "hessian_trace",
     "load",
     "quantize",
     "save",
+    "search",
     "switch",
     "switched",
     "upgrade",
@@ -44,7 +49,9 @@ def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module 'bitswitch' has no attribute {name!r}")
     try:
-        return getattr(importlib.import_module(_ROOMS[name]), name)
+        room = importlib.import_module(_ROOMS[name])
+        # That room can itself be called.
+        return room if name == "search" else getattr(room, name)
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] == "torch":
             raise ModuleNotFoundError(

@@ -74,6 +74,17 @@ class Header:
     provenance: Mapping[str, Any]
     checksums: Mapping[str, str]
 
+    def norm_row(self, norm: str, assignment: Mapping[str, int]) -> int:
+        """The row in use of the tensors of a batch normalization.
+
+        Rows are in the order of `widths`; of pairs, the width before varies slowest.
+        """
+        here, before = self.norms[norm], self.before[norm]
+        row = self.widths.index(assignment[here])
+        if not self.transitional or before is None or before == here:
+            return row
+        return self.widths.index(assignment[before]) * len(self.widths) + row
+
     def to_text(self) -> str:
         """Canonical JSON, its digest in it."""
         value = asdict(self) | {"version": VERSION}

@@ -1,4 +1,4 @@
-"""From a torch model to an artifact, and back."""
+"""From a torch model to an artifact, and back; from both to ONNX."""
 
 from bitswitch.export.artifact import load, save, upgrade
 

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from bitswitch.errors import UserError
 from bitswitch.models import build, is_trusted
 from bitswitch.nn import Plan, QuantizedLayer, SwitchableBatchNorm, apply, plan_of, quantized_layers, switch
 
+# The tensor that holds the network's graph.
+GRAPH = "graph"
+Additions = Literal["requantized", "exact"]
+
 
 def save(
     model: nn.Module,
@@ -28,6 +32,8 @@ def save(
     classes: tuple[str, ...] | None = None,
     provenance: Mapping[str, Any] | None = None,
     frontier: Sequence[Mapping[str, Any]] = (),
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
+    additions: Additions = "requantized",
 ) -> None:
     """Write the model's artifact: one integer code per quantized weight, scales, per-width parameters, float rest.
 
@@ -42,11 +48,32 @@ def save(
         classes: names in the order of the logits.
         provenance: plain JSON values, kept as they are.
         frontier: choices, as frontier.json lists them, from which `load(assignment="avg<=4")` picks.
+        example_inputs: what the network is called with, a batch of real data: the network's graph is exported with it and
+            stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and `runtime`.
+        additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`; or "exact".
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be
             written.
     """
+    header, tensors = contents(model, network, preprocessing, classes, provenance, frontier)
+    if example_inputs is not None:
+        # Here, since it needs ONNX and ONNX Runtime, which who only saves need not have.
+        from bitswitch.export.graph import session_graph
+
+        tensors[GRAPH] = session_graph(model, header, tensors, example_inputs, additions)
+    artifact.write(path, header, tensors)
+
+
+def contents(
+    model: nn.Module,
+    network: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    classes: tuple[str, ...] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    frontier: Sequence[Mapping[str, Any]] = (),
+) -> tuple[artifact.Header, dict[str, np.ndarray]]:
+    """The header and the tensors of a model's artifact; see `save`."""
     plan = plan_of(model)
     if plan.method != "double_rounding":
         raise UserError(
@@ -71,7 +98,7 @@ def save(
         artifact.Header.from_text(header.to_text())
     except (TypeError, ValueError) as error:
         raise UserError(f"network, preprocessing, classes, provenance or frontier cannot be stored: {error}") from error
-    artifact.write(path, header, _tensors(model))
+    return header, _tensors(model)
 
 
 def load(

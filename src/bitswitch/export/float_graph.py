@@ -1,0 +1,99 @@
+"""The ONNX graph of a quantized model's float network, in which layers and batch normalizations still stand apart."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitswitch.errors import UserError, require
+from bitswitch.nn import QuantizedLayer, SwitchableBatchNorm
+
+# The opset whose QuantizeLinear and DequantizeLinear know 4-bit integers; ONNX Runtime 1.20 reads it.
+OPSET = 21
+
+
+def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapping[str, np.ndarray]) -> Any:
+    """Export the float network with a batch of any size.
+
+    Args:
+        model: a quantized model; it is not changed.
+        example_inputs: what it is called with.
+        tensors: the artifact's, by name.
+
+    Returns:
+        An `onnx_ir.Model`. Parameters and buffers that the artifact holds, and the weights of quantized layers, are inputs
+        of its graph by their names, behind the network's own; their values are not in it. Constants are folded.
+
+    Raises:
+        UserError: onnx or onnxscript is not installed, or torch cannot export the network.
+    """
+    require("onnx", "onnx")
+    require("onnxscript", "onnx")
+    # Both need the extra; the fold is onnxscript's, which torch's exporter uses as well.
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
+    inputs = _batch_of_two(example_inputs)
+    batch = torch.export.Dim("batch")
+    size = inputs[0].shape[0]
+    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None for x in inputs)
+    try:
+        program = torch.onnx.export(
+            float_twin(model),
+            inputs,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+        )
+    except Exception as error:
+        # The exporter raises many kinds of errors, all of which say that this network is not for it.
+        reason = " ".join(str(error).split())
+        raise UserError(f"torch.onnx.export cannot export this {type(model).__name__}: {reason[:300]}") from error
+    assert program is not None
+    graph = program.model.graph
+    weights = {f"{name}.weight" if name else "weight" for name, _ in _layers(model)}
+    for name in list(graph.initializers):
+        if name in tensors or name in weights:
+            # Not a constant any more, so that nothing folds it.
+            graph.inputs.append(graph.initializers.pop(name))
+    fold_constants(program.model)
+    remove_unused_nodes(program.model)
+    return program.model
+
+
+def float_twin(model: nn.Module) -> nn.Module:
+    """A copy with float layers and batch normalizations in the places of quantized ones; the weights are zero."""
+    twin = copy.deepcopy(model).eval()
+    for _, layer in _layers(twin):
+        weight = torch.zeros(layer.stored_shape, device="cpu")
+        for name in ("weight_quantizer", "input_quantizer"):
+            delattr(layer, name)
+        del layer._buffers["codes"]
+        layer.register_parameter("weight", nn.Parameter(weight))
+        layer.__class__ = next(base for base in type(layer).__mro__ if base.__module__.startswith("torch.nn."))
+    for module in list(twin.modules()):
+        if isinstance(module, SwitchableBatchNorm):
+            norm = next(iter(module.variants.values()))
+            module.__class__ = type(norm)  # type: ignore[assignment]
+            module.__dict__ = norm.__dict__
+    return twin.cpu()
+
+
+def _layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+
+
+def _batch_of_two(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with a batch of at least two: torch takes a size of one for a constant."""
+    if not example_inputs or not isinstance(example_inputs[0], Tensor) or not example_inputs[0].dim():
+        raise UserError("example_inputs: the first must be a tensor whose first dimension is the batch")
+    size = example_inputs[0].shape[0]
+    if size != 1:
+        return example_inputs
+    return tuple(
+        torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x for x in example_inputs
+    )

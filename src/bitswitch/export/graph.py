@@ -1,0 +1,196 @@
+"""The network's integer graph: what an artifact carries as `graph`, and what an ONNX file is made of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from bitswitch.artifact import Header
+from bitswitch.errors import UserError, nearest, require
+from bitswitch.export.artifact import Additions
+from bitswitch.export.float_graph import float_graph
+from bitswitch.export.lowering import (
+    Lowering,
+    Ranges,
+    branches,
+    end_in_bytes,
+    end_in_floats,
+    end_in_int32,
+    lower_layers,
+)
+from bitswitch.nn import evaluating, switched
+from bitswitch.nn.switch import quantized_layers
+from bitswitch.runtime.bindings import Arrays, Bindings, values
+from bitswitch.runtime.executable import KEY, Executable
+
+# A graph that computes something else is off by as much as results vary from input to input, or more; at 8 bits eight-bit
+# branches and roundings that fall the other way cost far less. At 2 bits, in a network that was not trained for them, they
+# need not, so that the strict bound is for the highest width.
+_GREATEST_NOISE = 0.5
+# How far the range of a channel reaches beyond what the example inputs showed, either way.
+_ROOM = 0.1
+
+
+@dataclass(frozen=True)
+class IntegerGraph:
+    """A graph without numbers, and what they are."""
+
+    model: ir.Model
+    bindings: Bindings
+    header: Header
+    tensors: Mapping[str, np.ndarray]
+
+    def arrays(self, assignment: Mapping[str, int], **options: Any) -> Arrays:
+        """The numbers at an assignment."""
+        return values(self.bindings, self.header, self.tensors, assignment, **options)
+
+    def strip(self) -> None:
+        """Take out what the exporter notes of every node, stack traces for one: it outweighs the nodes."""
+        for node in ir.traversal.RecursiveGraphIterator(self.model.graph):
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+                if not value.is_graph_output():
+                    value.shape = value.type = None
+        graph = self.model.graph
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        graph.metadata_props.clear()
+        self.model.metadata_props.clear()
+
+
+def integer_graph(
+    model: nn.Module,
+    header: Header,
+    tensors: Mapping[str, np.ndarray],
+    example_inputs: Tensor | tuple[Any, ...],
+    additions: Additions = "requantized",
+    *,
+    int32: bool = False,
+) -> IntegerGraph:
+    """The integer graph of a quantized model, held against it at the highest width.
+
+    Args:
+        model: the quantized model.
+        header: of its artifact.
+        tensors: of its artifact.
+        example_inputs: what it is called with: real data, since the ranges of eight-bit branches come from it.
+        additions: "requantized": convolutions that feed an addition (or anything but one layer) end in 8 bits, with ranges from
+            the example inputs; "exact": they end in 32.
+        int32: with "exact", whether such convolutions are integer operations (ConvInteger) or quantize-dequantize float ones.
+
+    Raises:
+        UserError: an extra is not installed, the network cannot be exported, or the graph does not compute what it does.
+    """
+    if additions not in get_args(Additions):
+        raise UserError(
+            f"additions={additions!r}{nearest(str(additions), get_args(Additions))}; use requantized or exact"
+        )
+    require("onnxruntime", "runtime")
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    lowering = lower_layers(float_graph(model, inputs, tensors), header, tensors)
+    if additions == "requantized":
+        end_in_bytes(lowering, _ranges(lowering, inputs))
+    elif int32:
+        end_in_int32(lowering)
+    else:
+        end_in_floats(lowering)
+    graph = IntegerGraph(lowering.model, lowering.bindings(additions), header, tensors)
+    highest = dict.fromkeys(quantized_layers(model), header.widths[0])
+    noise, signal = compare(model, highest, inputs, Executable(stored(graph), graph.arrays(highest)))
+    if not noise <= _GREATEST_NOISE * signal:
+        raise UserError(
+            f"the exported graph of this {type(model).__name__} does not compute what the model does (noise {noise:.3g} beside "
+            f"{signal:.3g}): nothing was written; please report the network"
+        )
+    return graph
+
+
+def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, Ranges]:
+    """By index of a branch, the least and the greatest result of its channels at every width, with some room beyond."""
+    found: dict[int, list[tuple[tuple[float, ...], tuple[float, ...]]]] = {i: [] for i in branches(lowering)}
+    if not found:
+        return {}
+    header, tensors = lowering.header, lowering.tensors
+    probe = lowering.model.clone()
+    made = {value.name: value for node in probe.graph for value in node.outputs}
+    probe.graph.outputs[:] = [made[lowering.products[i][1].name] for i in found]
+    for value in probe.graph.outputs:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    copied = Lowering(probe, header, tensors, products=lowering.products, quantizers=lowering.quantizers)
+    graph = IntegerGraph(probe, copied.bindings("exact"), header, tensors)
+    for width in header.widths:
+        assignment = dict.fromkeys((layer.name for layer in header.layers), width)
+        executable = Executable(stored(graph), graph.arrays(assignment), optimize=False)
+        for i, result in zip(found, executable.run(_numpy(inputs)), strict=True):
+            found[i].append(_extremes(result))
+    return {i: tuple(ranges) for i, ranges in found.items()}
+
+
+def _extremes(result: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The least and the greatest result of every channel (dimension 1), and beyond them the room that unseen inputs want."""
+    axes = tuple(axis for axis in range(result.ndim) if axis != 1)
+    least, greatest = result.min(axes).astype(np.float64), result.max(axes).astype(np.float64)
+    room = _ROOM * (greatest - least)
+    # Three digits: they are stored for every channel and width, as text.
+    return tuple(float(f"{x:.3g}") for x in least - room), tuple(float(f"{x:.3g}") for x in greatest + room)
+
+
+def stored(graph: IntegerGraph) -> bytes:
+    """ONNX without numbers: all that `bindings` names is declared as external data, which a session supplies."""
+    assignment = {layer.name: graph.header.widths[0] for layer in graph.header.layers}
+    for name, array in graph.arrays(assignment).items():
+        value = graph.model.graph.initializers[name]
+        dtype = ir.DataType.from_numpy(array.dtype)
+        value.const_value = ir.ExternalTensor(
+            "artifact", 0, array.nbytes, dtype, shape=ir.Shape(array.shape), name=name
+        )
+        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(dtype)
+    graph.strip()
+    graph.model.metadata_props[KEY] = graph.bindings.to_text()
+    return ir.serde.serialize_model(graph.model).SerializeToString()
+
+
+def session_graph(
+    model: nn.Module,
+    header: Header,
+    tensors: Mapping[str, np.ndarray],
+    example_inputs: Tensor | tuple[Any, ...],
+    additions: Additions = "requantized",
+) -> np.ndarray:
+    """The tensor `graph` of an artifact: uint8, one dimension.
+
+    Args:
+        model: the quantized model.
+        header: of its artifact.
+        tensors: of its artifact.
+        example_inputs: what the model is called with; real data.
+        additions: see `integer_graph`.
+
+    Raises:
+        UserError: an extra is not installed, the network cannot be exported, or the graph does not compute what it does.
+    """
+    content = stored(integer_graph(model, header, tensors, example_inputs, additions, int32=True))
+    return np.frombuffer(content, np.uint8)
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module, assignment: Mapping[str, int], inputs: tuple[Any, ...], executable: Executable
+) -> tuple[float, float]:
+    """(noise, signal): summed squares of an executable's errors, and of the model's results around their mean of the batch."""
+    with evaluating(model), switched(model, assignment):
+        results = model(*inputs)
+    first = results if isinstance(results, Tensor) else next(x for x in results if isinstance(x, Tensor))
+    expected = first.double().cpu().numpy()
+    noise = np.square(executable.run(_numpy(inputs))[0] - expected).sum()
+    return float(noise), float(np.square(expected - (expected.mean(0) if len(expected) > 1 else 0)).sum())
+
+
+def _numpy(inputs: tuple[Any, ...]) -> list[np.ndarray]:
+    return [x.detach().cpu().numpy() for x in inputs if isinstance(x, Tensor)]

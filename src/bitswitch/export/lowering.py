@@ -1,0 +1,403 @@
+"""The rewrite of a float graph into an integer one: quantizers, integer weights, folded batch normalization, branches.
+
+The result has quantize and dequantize nodes around float operations (QDQ), which ONNX Runtime fuses into integer kernels: a
+convolution where its result is quantized by one node alone, a matrix product also where it stays float.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from bitswitch.artifact import Header, tensor_name
+from bitswitch.errors import UserError
+from bitswitch.runtime.bindings import Bindings, Constant, Product, Quantizer
+
+# Of a branch, at every width, the least and the greatest result of every channel.
+Ranges = tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+
+
+@dataclass
+class Lowering:
+    """A graph on its way to integers, and what it will leave open.
+
+    Attributes:
+        model: changed in place.
+        header: of the artifact.
+        tensors: names of the artifact's tensors.
+        products: the layers' products, in the order in which they run, each with the value that it gives.
+    """
+
+    model: ir.Model
+    header: Header
+    tensors: Mapping[str, np.ndarray]
+    products: list[tuple[Product, ir.Value]] = field(default_factory=list)
+    quantizers: dict[tuple[int, str], tuple[Quantizer, ir.Value]] = field(default_factory=dict)
+    _prefixes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> ir.Graph:
+        """The model's."""
+        return self.model.graph
+
+    def prefix(self, name: str) -> str:
+        """A prefix that no other arrays have."""
+        self._prefixes[name] = self._prefixes.get(name, 0) + 1
+        return name if self._prefixes[name] == 1 else f"{name}:{self._prefixes[name]}"
+
+    def add(
+        self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], *, name: str, **attributes: Any
+    ) -> ir.Value:
+        """A node of one output, put before another."""
+        node = ir.node(op, inputs, attributes or None, outputs=[ir.Value(name=name)])
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def constant(self, name: str, dtype: ir.DataType | None = None) -> ir.Value:
+        """A constant of the graph that a binding names."""
+        if name not in self.graph.initializers:
+            value = ir.Value(name=name, type=None if dtype is None else ir.TensorType(dtype))
+            self.graph.initializers[name] = value
+        return self.graph.initializers[name]
+
+    def bindings(self, additions: str) -> Bindings:
+        """All that the graph leaves open, once it is rewritten; unused inputs that were parameters are dropped."""
+        self.graph.sort()
+        for name in [name for name, value in self.graph.initializers.items() if not value.uses()]:
+            del self.graph.initializers[name]
+        constants = []
+        norms = {tensor_name(norm, key): norm for norm in self.header.norms for key in _NORM_PARTS}
+        for value in list(self.graph.inputs):
+            if value.name in self.tensors or _is_weight(value, self.header):
+                self.graph.inputs.remove(value)
+                if value.uses() or value.is_graph_output():
+                    assert value.name and value.dtype is not None
+                    constants.append(
+                        Constant(tensor=value.name, dtype=value.dtype.numpy().name, norm=norms.get(value.name))
+                    )
+                    self.graph.initializers[value.name] = value
+        return Bindings(
+            additions=additions,
+            quantizers=tuple(quantizer for quantizer, _ in self.quantizers.values()),
+            products=tuple(replace(product, into=self._reader(product, value)) for product, value in self.products),
+            constants=tuple(constants),
+        )
+
+    def _reader(self, product: Product, value: ir.Value) -> str | None:
+        """The prefix of the quantizer that alone reads the result of a convolution."""
+        node = _only_user(value)
+        if product.kind != "conv" or node is None or node.op_type != "QuantizeLinear":
+            return None
+        scale = node.inputs[1]
+        return next(
+            (q.prefix for q, _ in self.quantizers.values() if scale and scale.name == f"{q.prefix}.scale"), None
+        )
+
+
+_NORM_PARTS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def _is_weight(value: ir.Value, header: Header) -> bool:
+    return any(value.name == tensor_name(layer.name, "weight") for layer in header.layers)
+
+
+def lower_layers(model: ir.Model, header: Header, tensors: Mapping[str, np.ndarray]) -> Lowering:
+    """Put integer weights, input quantizers and folded batch normalizations in the place of every quantized layer.
+
+    Args:
+        model: of `float_graph`; it is changed.
+        header: of the artifact.
+        tensors: of the artifact.
+
+    Raises:
+        UserError: a layer's weight is used by something that is neither a convolution nor a matrix product.
+    """
+    lowering = Lowering(model, header, tensors)
+    parameters = {value.name: value for value in model.graph.inputs}
+    uses = {}
+    for entry in header.layers:
+        weight = parameters.get(tensor_name(entry.name, "weight"))
+        for node, _ in () if weight is None else weight.uses():
+            uses[node] = entry.name
+    for node in list(model.graph):
+        if node in uses:
+            _lower_layer(lowering, node, uses[node])
+    if not lowering.products:
+        raise UserError(
+            "the exported graph holds no quantized layer: does the network call them on the example inputs?"
+        )
+    return lowering
+
+
+def _lower_layer(lowering: Lowering, node: ir.Node, layer: str) -> None:
+    if node.op_type == "Conv":
+        _lower_convolution(lowering, node, layer)
+    elif node.op_type == "Gemm" and node.attributes.get_int("transB"):
+        _lower_linear(lowering, node, layer, node.inputs[2])
+    elif node.op_type == "Transpose":
+        for product, _ in list(node.outputs[0].uses()):
+            if product.op_type != "MatMul":
+                raise UserError(f"layer {layer!r} is exported as {product.op_type}, which has no integer form here")
+            _lower_linear(lowering, product, layer, None)
+    elif node.op_type not in ("Shape", "Size"):
+        raise UserError(f"layer {layer!r} is exported as {node.op_type}, which has no integer form here")
+
+
+def _lower_convolution(lowering: Lowering, node: ir.Node, layer: str) -> None:
+    out = node.outputs[0]
+    norm, epsilon, end = _following_norm(lowering, out)
+    prefix = lowering.prefix(tensor_name(layer, "product"))
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    product = Product(
+        prefix=prefix,
+        layer=layer,
+        kind="conv",
+        into=None,
+        ranges=(),
+        bias=_parameter(lowering, bias, layer),
+        norm=norm,
+        epsilon=epsilon,
+    )
+    x = _quantized_input(lowering, node, layer)
+    codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
+    weight = lowering.add(node, "DequantizeLinear", [codes, scale, zero], name=f"{prefix}.weight", axis=0)
+    parts = [lowering.constant(f"{prefix}.{key}") for key in ("bias", "bias_scale")]
+    float_bias = lowering.add(node, "DequantizeLinear", parts, name=f"{prefix}.float_bias", axis=0)
+    made = ir.Node("", "Conv", [x, weight, float_bias], node.attributes.values(), outputs=[ir.Value(name=prefix)])
+    lowering.graph.insert_before(node, made)
+    _take_place(lowering, end, made.outputs[0])
+    lowering.products.append((product, made.outputs[0]))
+
+
+def _lower_linear(lowering: Lowering, node: ir.Node, layer: str, bias: ir.Value | None) -> None:
+    end = node.outputs[0]
+    follower = _only_user(end)
+    if node.op_type == "MatMul" and follower is not None and follower.op_type == "Add":
+        other = follower.inputs[1] if follower.inputs[0] is end else follower.inputs[0]
+        if other is not None and other.name == tensor_name(layer, "bias"):
+            bias, end = other, follower.outputs[0]
+    norm, epsilon, end = _following_norm(lowering, end)
+    prefix = lowering.prefix(tensor_name(layer, "product"))
+    product = Product(
+        prefix=prefix,
+        layer=layer,
+        kind="linear",
+        into=None,
+        ranges=(),
+        bias=_parameter(lowering, bias, layer),
+        norm=norm,
+        epsilon=epsilon,
+    )
+    x = _quantized_input(lowering, node, layer)
+    codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
+    weight = lowering.add(node, "DequantizeLinear", [codes, scale, zero], name=f"{prefix}.weight", axis=1)
+    # As the exporter has it: ONNX Runtime makes a float Gemm of a MatMul of two dimensions that an addition follows.
+    made = lowering.add(node, node.op_type, [x, weight], name=f"{prefix}.matmul")
+    made = lowering.add(node, "Add", [made, lowering.constant(f"{prefix}.bias")], name=prefix)
+    _take_place(lowering, end, made)
+    lowering.products.append((product, made))
+
+
+def _parameter(lowering: Lowering, bias: ir.Value | None, layer: str) -> str | None:
+    """The name of a bias among the artifact's tensors; a bias of zeros, which torch's exporter adds, is none."""
+    if bias is None:
+        return None
+    if bias.name in lowering.tensors:
+        return bias.name
+    constant = ir.convenience.get_const_tensor(bias)
+    if constant is None or np.any(constant.numpy()):
+        raise UserError(f"the bias of layer {layer!r} is computed in the network: it has no integer form here")
+    return None
+
+
+def _following_norm(lowering: Lowering, out: ir.Value) -> tuple[str | None, float, ir.Value]:
+    """(name, epsilon, its result) of the batch normalization that alone reads `out`, or (None, 0, out)."""
+    node = _only_user(out)
+    if node is None or node.op_type != "BatchNormalization" or node.inputs[0] is not out:
+        return None, 0.0, out
+    mean = node.inputs[3]
+    assert mean is not None and mean.name is not None
+    norm = mean.name.removesuffix("running_mean").removesuffix(".")
+    if norm not in lowering.header.norms:
+        return None, 0.0, out
+    return norm, node.attributes.get_float("epsilon", 1e-5), node.outputs[0]
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    uses = list(value.uses())
+    return uses[0][0] if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def _take_place(lowering: Lowering, old: ir.Value, new: ir.Value) -> None:
+    """Let all read `new` where they read `old`; the nodes that only made `old` go."""
+    new.shape, new.type = old.shape, old.type
+    if old.is_graph_output():
+        name = old.name
+        index = lowering.graph.outputs.index(old)
+        lowering.graph.outputs[index] = new
+        old.name, new.name = f"{name}.before", name
+    old.replace_all_uses_with(new)
+    _remove_dead(lowering.graph, old.producer())
+
+
+def _remove_dead(graph: ir.Graph, node: ir.Node | None) -> None:
+    if node is None or any(value.uses() or value.is_graph_output() for value in node.outputs):
+        return
+    givers = [value.producer() for value in node.inputs if value is not None]
+    graph.remove(node, safe=True)
+    for giver in givers:
+        _remove_dead(graph, giver)
+
+
+def _activation(node: ir.Node | None) -> tuple[float, float | None] | None:
+    """The bounds of a node that does nothing but bound its input, or None."""
+    if node is None or node.op_type not in ("Relu", "Clip"):
+        return None
+    if node.op_type == "Relu":
+        return 0.0, None
+    bounds = [None if value is None else ir.convenience.get_const_tensor(value) for value in node.inputs[1:]]
+    if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
+        return None
+    return float(bounds[0].numpy()), float(bounds[1].numpy())
+
+
+def _source(value: ir.Value) -> tuple[ir.Value, tuple[float | None, float | None]]:
+    """What to quantize in place of `value`, and the bounds of the activation function so passed over.
+
+    A ReLU or a clip that one quantizer alone reads is what its own clipping does: a node less, and where a convolution stands
+    before it, the one form in which ONNX Runtime finds an integer kernel.
+    """
+    node = value.producer()
+    bounds = _activation(node)
+    if node is None or bounds is None or _only_user(value) is None:
+        return value, (None, None)
+    return _given(node), bounds
+
+
+def _given(node: ir.Node) -> ir.Value:
+    value = node.inputs[0]
+    assert value is not None
+    return value
+
+
+def _quantized_input(lowering: Lowering, node: ir.Node, layer: str) -> ir.Value:
+    """The dequantized codes of a layer's input: QuantizeLinear, a clip of the bytes where they are narrower, DequantizeLinear.
+
+    The clip stands behind QuantizeLinear, on bytes: before it, ONNX Runtime would leave the convolution float. It is the branch
+    of an If on a constant, which ONNX Runtime decides when a graph is loaded: at 8 bits there is nothing to clip.
+    """
+    x = _given(node)
+    key = (id(x), layer)
+    if key in lowering.quantizers:
+        return lowering.quantizers[key][1]
+    source, (least, greatest) = _source(x)
+    prefix = lowering.prefix(tensor_name(layer, "input"))
+    scale, zero, low, high, clips = (
+        lowering.constant(f"{prefix}.{key}") for key in ("scale", "zero", "low", "high", "clips")
+    )
+    bytes_ = lowering.add(node, "QuantizeLinear", [source, scale, zero], name=f"{prefix}.bytes")
+    clip = ir.node("Clip", [bytes_, low, high], outputs=[ir.Value(name=f"{prefix}.clipped")])
+    keep = ir.node("Identity", [bytes_], outputs=[ir.Value(name=f"{prefix}.kept")])
+    for branch in (clip, keep):
+        branch.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+    branches = {
+        "then_branch": ir.Graph([], clip.outputs, nodes=[clip], name="clip"),
+        "else_branch": ir.Graph([], keep.outputs, nodes=[keep], name="keep"),
+    }
+    codes = lowering.add(node, "If", [clips], name=f"{prefix}.codes", **branches)
+    made = lowering.add(node, "DequantizeLinear", [codes, scale, zero], name=prefix)
+    made.shape, made.type = x.shape, x.type
+    quantizer = Quantizer(prefix=prefix, layer=layer, least=least, greatest=greatest)
+    lowering.quantizers[key] = (quantizer, made)
+    return made
+
+
+def branches(lowering: Lowering) -> list[int]:
+    """Which products are convolutions whose result is not read by just one layer's quantizer, such as those that are added.
+
+    ONNX Runtime fuses a convolution between quantizers alone; one that ends in floats would run in floats altogether.
+    """
+    return [i for i, (product, value) in enumerate(lowering.products) if product.kind == "conv" and not _is_read(value)]
+
+
+def _is_read(value: ir.Value) -> bool:
+    node = _only_user(value)
+    return node is not None and node.op_type == "QuantizeLinear"
+
+
+def end_in_bytes(lowering: Lowering, ranges: Mapping[int, Ranges]) -> None:
+    """Give the results of `branches` 8 bits per channel: QuantizeLinear, DequantizeLinear and the channels' offsets.
+
+    Args:
+        lowering: of `lower_layers`.
+        ranges: by index of a product, see `Product.ranges`.
+    """
+    one = _fixed(lowering, "one", np.float32(1))
+    zero = _fixed(lowering, "zero", np.uint8(0))
+    for i, seen in ranges.items():
+        product, value = lowering.products[i]
+        prefix = product.prefix
+        node = value.producer()
+        assert node is not None
+        convolution = ir.Node(
+            "", "Conv", node.inputs, node.attributes.values(), outputs=[ir.Value(name=f"{prefix}.conv")]
+        )
+        lowering.graph.insert_before(node, convolution)
+        made = lowering.add(node, "QuantizeLinear", [convolution.outputs[0], one, zero], name=f"{prefix}.bytes")
+        made = lowering.add(node, "DequantizeLinear", [made, one, zero], name=f"{prefix}.steps")
+        step, offset = lowering.constant(f"{prefix}.step"), lowering.constant(f"{prefix}.offset")
+        mean, variance = lowering.constant(f"{prefix}.mean"), lowering.constant(f"{prefix}.variance")
+        # Not a multiplication and an addition: ONNX Runtime would carry them into the convolution's layout, where they
+        # are slow.
+        made = lowering.add(
+            node, "BatchNormalization", [made, step, offset, mean, variance], name=f"{prefix}.result", epsilon=0.0
+        )
+        _take_place(lowering, value, made)
+        lowering.products[i] = (replace(product, kind="branch", ranges=seen), made)
+
+
+def _fixed(lowering: Lowering, name: str, array: np.generic) -> ir.Value:
+    """A constant that is in the graph."""
+    value = lowering.constant(f"bitswitch.{name}")
+    value.const_value = ir.tensor(np.asarray(array), name=value.name)
+    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
+    return value
+
+
+def end_in_floats(lowering: Lowering) -> None:
+    """Let `branches` be what a quantize-dequantize graph makes of them, float convolutions, with a bias that is not rounded."""
+    for i in branches(lowering):
+        product, value = lowering.products[i]
+        node = value.producer()
+        assert node is not None
+        rounded = node.inputs[2]
+        node.replace_input_with(2, lowering.constant(f"{product.prefix}.bias"))
+        _remove_dead(lowering.graph, None if rounded is None else rounded.producer())
+        lowering.products[i] = (replace(product, kind="float"), value)
+
+
+def end_in_int32(lowering: Lowering) -> None:
+    """Let `branches` end in int32 (ConvInteger), with a float multiplication and addition behind: exact, and slower."""
+    for i in branches(lowering):
+        product, value = lowering.products[i]
+        prefix = product.prefix
+        node = value.producer()
+        assert node is not None
+        quantized = _given(node).producer()
+        assert quantized is not None
+        codes, zero = quantized.inputs[0], quantized.inputs[2]
+        weight, weight_zero, multiplier, offset = (
+            lowering.constant(f"{prefix}.{key}") for key in ("codes", "zero", "multiplier", "offset")
+        )
+        inputs = [codes, weight, zero, weight_zero]
+        convolution = ir.Node(
+            "", "ConvInteger", inputs, node.attributes.values(), outputs=[ir.Value(name=f"{prefix}.int32")]
+        )
+        lowering.graph.insert_before(node, convolution)
+        made = lowering.add(node, "Cast", convolution.outputs, name=f"{prefix}.sum", to=ir.DataType.FLOAT)
+        made = lowering.add(node, "Mul", [made, multiplier], name=f"{prefix}.scaled")
+        made = lowering.add(node, "Add", [made, offset], name=f"{prefix}.result")
+        _take_place(lowering, value, made)
+        lowering.products[i] = (replace(product, kind="int32"), made)

@@ -1,0 +1,165 @@
+"""`export_onnx`: one ONNX file for one assignment, in standard operations, checked before it is put in place."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from torch import Tensor, nn
+
+from bitswitch import files
+from bitswitch.assignment import Assignment
+from bitswitch.errors import UserError, nearest
+from bitswitch.export.artifact import Additions, contents
+from bitswitch.export.graph import IntegerGraph, compare, integer_graph
+from bitswitch.nn import widths
+from bitswitch.runtime.executable import Executable
+from bitswitch.runtime.source import read
+
+Weights = Literal["int8", "int4", "int2"]
+_BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
+_PACKED = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
+# The opset whose DequantizeLinear reads 2-bit integers, and the file format that has them.
+_INT2_OPSET, _INT2_IR_VERSION = 25, 13
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    example_inputs: Tensor | tuple[Any, ...],
+    weights: Weights = "int8",
+    additions: Additions = "requantized",
+) -> None:
+    """Write the model as it stands, at the widths in use, to one ONNX file; the batch may have any size.
+
+    Quantizers are QuantizeLinear and DequantizeLinear pairs (QDQ), with a Clip on the bytes where a width is narrower, and
+    integer weights behind a DequantizeLinear. Batch normalization is folded. The graph is held against the model, and the file
+    passes ONNX's checker and opens in ONNX Runtime, before it is put in place.
+
+    On x86 without VNNI, ONNX Runtime's kernels let 8-bit products saturate in pairs: set the session option
+    `session.x64quantprecision` to "1" there. Weights of 7 bits or fewer are not concerned.
+
+    Args:
+        model: a quantized model.
+        path: the file; written whole or not at all.
+        example_inputs: what the model is called with; real data, since the ranges of branches come from it.
+        weights: "int8"; "int4" or "int2": layers of so few bits are packed, which ONNX Runtime computes in floats.
+        additions: "requantized": a convolution that feeds an addition ends in 8 bits, so that it runs in integers; "exact": it
+            ends in floats, and runs in floats in most runtimes.
+
+    Raises:
+        UserError: an extra is not installed; the network cannot be exported; the file does not compute what the model does,
+            or cannot be written.
+    """
+    _check(weights)
+    header, tensors = contents(model)
+    graph = integer_graph(model, header, tensors, example_inputs, additions)
+    assignment = widths(model)
+    content = _file(graph, assignment, weights)
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    noise, _ = compare(model, assignment, inputs, _opened(content, weights))
+    if not math.isfinite(noise):
+        raise UserError(f"the exported {type(model).__name__} gives results that are not finite: nothing was written")
+    files.write(path, content)
+
+
+def export_file(
+    path: str | Path, out: str | Path, *, wanted: int | Mapping[str, int] | None = None, weights: Weights = "int8"
+) -> Assignment:
+    """Write an ONNX file of an artifact that holds its graph; neither torch nor the network is needed.
+
+    Args:
+        path: the artifact.
+        out: the file; written whole or not at all.
+        wanted: a width, or widths by layer over the highest; the highest where None.
+        weights: see `export_onnx`.
+
+    Returns:
+        The width of every layer.
+
+    Raises:
+        UserError: the artifact cannot be used or holds no graph; there is no such width or layer; the file cannot be written.
+    """
+    _check(weights)
+    source = read(path)
+    candidates = {layer.name: source.header.widths for layer in source.header.layers}
+    highest = {name: found[0] for name, found in candidates.items()}
+    assignment = Assignment.of(highest if wanted is None else wanted, layers=highest, widths=candidates)
+    model = ir.serde.deserialize_model(onnx.load_model_from_string(source.graph))
+    graph = IntegerGraph(model, source.bindings, source.header, source.tensors)
+    content = _file(graph, assignment.to_json(), weights)
+    _opened(content, weights)
+    files.write(out, content)
+    return assignment
+
+
+def _opened(content: bytes, weights: str) -> Executable:
+    try:
+        return Executable(content, {})
+    except Exception as error:
+        # ONNX Runtime has a class of its own for every kind of refusal.
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"this ONNX Runtime does not open the file with weights={weights!r} ({reason[:200]}): try another"
+        ) from error
+
+
+def _check(weights: str) -> None:
+    if weights not in get_args(Weights):
+        raise UserError(f"weights={weights!r}{nearest(str(weights), get_args(Weights))}; use int8, int4 or int2")
+
+
+def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) -> bytes:
+    """The file's content: the graph with its numbers in it."""
+    bits = _BITS[weights]
+    arrays = graph.arrays(assignment, filled=lambda width: width > bits or bits == 8)
+    packed = {
+        f"{product.prefix}.{key}"
+        for product in graph.bindings.products
+        for key in ("codes", "zero")
+        if bits < 8 and assignment[product.layer] <= bits and product.kind != "int32"
+    }
+    _decide(graph.model.graph, arrays)
+    for name, value in list(graph.model.graph.initializers.items()):
+        if name in arrays:
+            dtype = _PACKED[bits] if name in packed else ir.DataType.from_numpy(arrays[name].dtype)
+            array = arrays[name].astype(dtype.numpy())
+            value.const_value = ir.tensor(array, dtype=dtype, name=name)
+            value.shape, value.type = ir.Shape(array.shape), ir.TensorType(dtype)
+        if not value.uses():
+            del graph.model.graph.initializers[name]
+    if weights == "int2":
+        graph.model.opset_imports[""] = _INT2_OPSET
+        graph.model.ir_version = _INT2_IR_VERSION
+    graph.strip()
+    graph.model.metadata_props["bitswitch.assignment"] = files.canonical_json(dict(assignment))
+    proto = ir.serde.serialize_model(graph.model)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto.SerializeToString()
+
+
+def _decide(graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> None:
+    """Put the branch that is taken in the place of every If on a constant."""
+    for node in list(graph):
+        condition = node.inputs[0] if node.op_type == "If" else None
+        if condition is None or condition.name is None or condition.name not in arrays:
+            continue
+        (taken,) = node.attributes["then_branch" if arrays[condition.name] else "else_branch"].as_graph()
+        old = node.outputs[0]
+        if taken.op_type == "Identity":
+            new = taken.inputs[0]
+            assert new is not None
+        else:
+            made = ir.node(taken.op_type, taken.inputs, outputs=[ir.Value(name=f"{old.name}.clipped")])
+            graph.insert_before(node, made)
+            new = made.outputs[0]
+        old.replace_all_uses_with(new)
+        for name in ("then_branch", "else_branch"):
+            for inner in node.attributes[name].as_graph():
+                for index in range(len(inner.inputs)):
+                    inner.replace_input_with(index, None)
+        graph.remove(node, safe=True)

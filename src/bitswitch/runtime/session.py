@@ -1,0 +1,143 @@
+"""`Session`: an artifact that runs and switches its widths without torch."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bitswitch.assignment import Assignment
+from bitswitch.errors import UserError
+from bitswitch.runtime.executable import Executable
+from bitswitch.runtime.source import read
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """An executable and the widths that it has."""
+
+    assignment: Assignment
+    executable: Executable
+
+
+class Session:
+    """A network that runs in ONNX Runtime's integer kernels at any width, or at a width for every layer.
+
+    The executable of an assignment is built when it is first asked for, and kept while the memory budget allows; between
+    those that are kept, `switch` only sets a reference. Any number of threads may `run` while another switches: a run that has
+    begun ends at the widths it began with.
+
+    Args:
+        path: an artifact that holds its graph (`bitswitch.save(..., example_inputs=x)`).
+        bits: the width to stand at; the highest where neither this nor `assignment` is given.
+        assignment: widths by layer name; the other layers have the highest.
+        memory: bytes that the executables kept may take together; the one in use is always kept.
+        threads: how many threads one operation may use; 0: as many as there are cores.
+
+    Raises:
+        UserError: the file cannot be used or holds no graph, or it has no such width or layer.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        bits: int | None = None,
+        assignment: Mapping[str, int] | None = None,
+        memory: int = 2**30,
+        threads: int = 0,
+    ) -> None:
+        if bits is not None and assignment is not None:
+            raise UserError("give bits= or assignment=, not both")
+        self._source = read(path)
+        self._threads = threads
+        self._budget = memory
+        self._widths = {layer.name: self._source.header.widths for layer in self._source.header.layers}
+        highest = {name: widths[0] for name, widths in self._widths.items()}
+        self._uniform = {
+            width: Assignment.of(width, layers=highest, widths=self._widths) for width in self._source.header.widths
+        }
+        self._kept: OrderedDict[Assignment, _Ready] = OrderedDict()
+        self._lock = threading.Lock()
+        wanted = assignment if bits is None else bits
+        start = Assignment.of(highest if wanted is None else wanted, layers=highest, widths=self._widths)
+        # One reference, read once by a run, set once by a switch: no thread ever sees half a switch.
+        self._current = self._ready(start)
+
+    def run(self, *inputs: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
+        """The network's output; a tuple of arrays where it has several.
+
+        Args:
+            inputs: what the network takes: for an image network one float32 array [N, C, H, W], normalised; N is free.
+
+        Raises:
+            UserError: the inputs do not fit the network.
+        """
+        outputs = self._current.executable.run(inputs)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def switch(self, wanted: int | Mapping[str, int]) -> None:
+        """Run at other widths from now on; what is running ends as it began.
+
+        Args:
+            wanted: one width for every layer, or widths for some layers by name, laid over those in use.
+
+        Raises:
+            UserError: there is no such width or layer; nothing has changed.
+        """
+        with self._lock:
+            assignment = None if isinstance(wanted, Mapping) else self._uniform.get(wanted)
+            if assignment is None:
+                assignment = Assignment.of(wanted, layers=self.assignment.to_json(), widths=self._widths)
+            self._current = self._ready(assignment)
+
+    @property
+    def assignment(self) -> Assignment:
+        """The width of every layer that is in use."""
+        return self._current.assignment
+
+    @property
+    def bits(self) -> int | None:
+        """The width in use, or None where layers differ."""
+        return self.assignment.uniform
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths that every layer can have, highest first."""
+        return self._source.header.widths
+
+    @property
+    def additions(self) -> str:
+        """How branches are added: "requantized" to 8 bits, or "exact", as floats."""
+        return self._source.bindings.additions
+
+    @property
+    def ready(self) -> tuple[Assignment, ...]:
+        """The assignments that are kept, the one used longest ago first."""
+        with self._lock:
+            return tuple(self._kept)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the weights and parameters of the executables that are kept, and of the artifact they are made from.
+
+        ONNX Runtime packs weights anew for its kernels and has buffers for activations; those are not counted.
+        """
+        with self._lock:
+            return self._source.nbytes + self._kept_bytes()
+
+    def _kept_bytes(self) -> int:
+        return sum(ready.executable.nbytes for ready in self._kept.values())
+
+    def _ready(self, assignment: Assignment) -> _Ready:
+        """The executable of an assignment, built where it is not kept; the oldest go when the budget is spent."""
+        ready = self._kept.get(assignment)
+        if ready is None:
+            ready = _Ready(assignment, self._source.executable(assignment.to_json(), threads=self._threads))
+            self._kept[assignment] = ready
+        self._kept.move_to_end(assignment)
+        while len(self._kept) > 1 and self._kept_bytes() > self._budget:
+            self._kept.popitem(last=False)
+        return ready

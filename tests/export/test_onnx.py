@@ -1,0 +1,205 @@
+import copy
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+import bitswitch as bs
+from bitswitch.codes import narrow
+from bitswitch.errors import UserError
+from bitswitch.export import graph as graph_module
+from bitswitch.export.float_graph import float_twin
+from bitswitch.export.onnx import export_file
+from bitswitch.runtime import Session, graph_report
+
+
+class Concatenating(nn.Module):
+    """Branches that are concatenated, a depthwise convolution, ReLU6, a convolution read twice, pooling of codes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.left = nn.Conv2d(8, 6, 1)
+        self.right = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
+        self.squeeze = nn.Sequential(nn.Conv2d(14, 10, 1, bias=False), nn.BatchNorm2d(10), nn.ReLU(), nn.MaxPool2d(2))
+        self.norm = nn.BatchNorm2d(10)
+        self.once, self.again = nn.Conv2d(10, 10, 1), nn.Conv2d(10, 10, 3, padding=1)
+        self.linear = nn.Linear(10, 12)
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = torch.cat([self.left(x).relu(), self.right(x) * 3], 1)
+        x = self.norm(self.squeeze(x))
+        x = self.once(x) + self.again(x)
+        return self.last(self.linear(x.mean((2, 3))).relu())
+
+
+class Attending(nn.Module):
+    """Linear layers over a sequence, attention, and a convolution of one dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.conv = nn.Conv1d(16, 16, 3, padding=1)
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(self.encoder(x).mean(1))
+
+
+def quantized(network, x):
+    torch.manual_seed(0)
+    network = network()
+    network(x)
+    model = bs.quantize(network, example_inputs=x)
+    for width in (8, 6, 4, 2):
+        with bs.switched(model, width):
+            model.train()(x)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def concatenating():
+    x = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return quantized(Concatenating, x), x
+
+
+@pytest.fixture(scope="module")
+def attending():
+    x = torch.randn(32, 7, 6, generator=torch.Generator().manual_seed(0))
+    return quantized(Attending, x), x
+
+
+def run(content, x):
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+
+
+def snr_db(reference, found):
+    return 10 * np.log10(np.square(reference).sum() / np.square(found - reference).sum())
+
+
+def held_against_torch(model, x, path, wanted, floor):
+    with bs.switched(model, wanted), torch.no_grad():
+        expected = model(x).numpy()
+    content = path.read_bytes()
+    onnx.checker.check_model(onnx.load_model_from_string(content), full_check=True)
+    whole = run(content, x)
+    assert snr_db(expected, whole) > floor
+    # The size of the batch is free.
+    for n in (1, 5):
+        assert np.allclose(run(content, x[:n]), whole[:n], atol=1e-3 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("fixture", ["concatenating", "attending"])
+def test_an_artifact_exports_at_any_assignment(tmp_path, request, fixture):
+    model, x = request.getfixturevalue(fixture)
+    bs.save(model, tmp_path / "a", example_inputs=x)
+    layers = list(bs.widths(model))
+    for wanted, floor in ((8, 30), (4, 15), (2, 5), ({layers[0]: 2, layers[1]: 4}, 10)):
+        assignment = export_file(tmp_path / "a", tmp_path / "m.onnx", wanted=wanted)
+        held_against_torch(model, x, tmp_path / "m.onnx", assignment.to_json(), floor)
+        report = graph_report(tmp_path / "a", wanted)
+        assert report["integer"] == report["layers"] == len(layers)
+        session = Session(tmp_path / "a", assignment=assignment.to_json())
+        assert np.allclose(session.run(x.numpy()), run((tmp_path / "m.onnx").read_bytes(), x), atol=1e-4)
+
+
+def test_a_model_exports_as_it_stands(tmp_path, concatenating):
+    model, x = concatenating
+    with bs.switched(model, 4):
+        bs.export_onnx(model, tmp_path / "four.onnx", example_inputs=x, additions="exact")
+    held_against_torch(model, x, tmp_path / "four.onnx", 4, 25)
+    assert set(bs.widths(model).values()) == {8}
+    proto = onnx.load(tmp_path / "four.onnx")
+    clips = [node for node in proto.graph.node if node.op_type == "Clip" and node.output[0].endswith(".clipped")]
+    quantizers = {node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"}
+    assert clips and {node.input[0] for node in clips} <= quantizers
+    assert not [node for node in proto.graph.node if node.op_type in ("If", "ConvInteger")]
+
+
+@pytest.mark.parametrize("weights", ["int4", "int2"])
+def test_packed_weights(tmp_path, concatenating, weights):
+    model, x = concatenating
+    bits = {"int4": 4, "int2": 2}[weights]
+    mixed = dict.fromkeys(bs.widths(model), 8) | dict.fromkeys(list(bs.widths(model))[1:3], bits)
+    with bs.switched(model, mixed):
+        bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x, weights=weights, additions="exact")
+    held_against_torch(model, x, tmp_path / "m.onnx", mixed, 20)
+    proto = onnx.load(tmp_path / "m.onnx")
+    packed = {"int4": onnx.TensorProto.INT4, "int2": onnx.TensorProto.INT2}[weights]
+    codes = {t.name: t for t in proto.graph.initializer if t.name.endswith(".codes")}
+    assert sorted(t.data_type == packed for t in codes.values()) == [False] * (len(codes) - 2) + [True] * 2
+    for name, tensor in codes.items():
+        if tensor.data_type == packed:
+            found = onnx.numpy_helper.to_array(tensor).astype(np.int8)
+            layer = model.get_submodule(name.removesuffix(".product.codes"))
+            assert np.array_equal(found, narrow(layer.stored_codes().numpy(), 8, bits))
+
+
+def test_a_graph_that_computes_something_else_is_not_written(tmp_path, concatenating, monkeypatch):
+    model, x = concatenating
+    arrays = graph_module.IntegerGraph.arrays
+
+    def wrong(self, assignment, **options):
+        found = arrays(self, assignment, **options)
+        return {name: -array if name.endswith("squeeze.0.product.scale") else array for name, array in found.items()}
+
+    monkeypatch.setattr(graph_module.IntegerGraph, "arrays", wrong)
+    (tmp_path / "m.onnx").write_bytes(b"before")
+    with pytest.raises(UserError, match="does not compute"):
+        bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
+    assert (tmp_path / "m.onnx").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_model_is_not_changed(attending):
+    model, _ = attending
+    before = copy.deepcopy(model.state_dict())
+    float_twin(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "int3"}, "use int8, int4 or int2"),
+        ({"additions": "exactly"}, "did you mean 'exact'"),
+        ({"example_inputs": ()}, "first must be a tensor"),
+    ],
+)
+def test_a_wrong_option_is_named(tmp_path, attending, options, message):
+    model, x = attending
+    with pytest.raises(UserError, match=message):
+        bs.export_onnx(model, tmp_path / "m.onnx", **{"example_inputs": x} | options)
+
+
+def test_a_network_that_torch_cannot_export_is_named(tmp_path):
+    class Deciding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.b(self.a(x))
+            return self.c(x if float(x.sum()) > 0 else -x)
+
+    x = torch.randn(8, 4)
+    model = bs.quantize(Deciding(), example_inputs=x).eval()
+    with pytest.raises(UserError, match="cannot export this Deciding"):
+        bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
+
+
+def test_a_file_without_a_graph(tmp_path, attending):
+    bs.save(attending[0], tmp_path / "a")
+    with pytest.raises(UserError, match="holds no graph"):
+        export_file(tmp_path / "a", tmp_path / "m.onnx")

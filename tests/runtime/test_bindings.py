@@ -1,0 +1,221 @@
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bitswitch.artifact import Header, LayerEntry
+from bitswitch.codes import narrow
+from bitswitch.errors import UserError
+from bitswitch.runtime import executable, protobuf
+from bitswitch.runtime.bindings import Bindings, Constant, Product, Quantizer, _nearest_bias, may_saturate, values
+
+WIDTHS = (8, 6, 4, 2)
+
+
+def header(kind="unsigned", widths=WIDTHS):
+    errors = dict.fromkeys(widths, 0.0)
+    layer = LayerEntry(name="a", shape=(3, 2, 1, 1), bits=widths[0], input=kind, squared_error=errors)
+    return Header(
+        widths=widths,
+        layers=(layer,),
+        norms={"n": "a"},
+        per_channel=False,
+        network=None,
+        preprocessing=None,
+        classes=None,
+        provenance={},
+        checksums={},
+    )
+
+
+def tensors(count=4):
+    rng = np.random.default_rng(0)
+    return {
+        "a.codes": np.array([[-128, 127], [33, -32], [5, -90]], np.int8).reshape(3, 2, 1, 1),
+        "a.weight_scale": np.asarray(0.02, np.float32),
+        "a.input_scale": np.float32(0.01) * np.array([1, 4, 17, 85], np.float32)[:count],
+        "a.input_offset": np.full(count, -0.3, np.float32),
+        "n.weight": np.array([1.5, -0.7, 0.0], np.float32) * np.ones((count, 1), np.float32),
+        "n.bias": rng.normal(size=(count, 3)).astype(np.float32),
+        "n.running_mean": rng.normal(size=(count, 3)).astype(np.float32),
+        "n.running_var": rng.uniform(0.5, 2, size=(count, 3)).astype(np.float32),
+    }
+
+
+def product(kind="conv", **options):
+    defaults = {"prefix": "p", "layer": "a", "into": None, "ranges": (), "bias": None, "norm": None, "epsilon": 1e-5}
+    return Product(kind=kind, **defaults | options)
+
+
+def bindings(*products, quantizers=(), constants=()):
+    return Bindings(additions="exact", quantizers=quantizers, products=products, constants=constants)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("norm", [None, "n"])
+def test_a_convolution_is_its_float_form(width, norm):
+    """Codes, scale and integer bias against `narrow(q) s_h 2^(h-l)` and the batch normalization in float64."""
+    found = values(bindings(product(norm=norm)), header(), tensors(), {"a": width})
+    row = WIDTHS.index(width)
+    t = {name: array.astype(np.float64) for name, array in tensors().items()}
+    weight = narrow(tensors()["a.codes"], 8, width)[..., 0, 0] * (t["a.weight_scale"] * 2 ** (8 - width))
+    a, c = np.ones(3), np.zeros(3)
+    if norm:
+        a = t["n.weight"][row] / np.sqrt(t["n.running_var"][row] + 1e-5)
+        c = t["n.bias"][row] - t["n.running_mean"][row] * a
+    assert np.allclose(
+        found["p.codes"][..., 0, 0] * found["p.scale"][:, None].astype(float), weight * a[:, None], rtol=1e-6
+    )
+    assert np.allclose(found["p.bias_scale"], found["p.scale"] * t["a.input_scale"][row], rtol=1e-6)
+    assert (
+        np.abs(found["p.bias"] * found["p.bias_scale"].astype(float) - c) <= np.abs(found["p.bias_scale"]) * 1.01
+    ).all()
+    assert found["p.bias"].dtype == np.int32 and found["p.codes"].dtype == np.int8
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", ["unsigned", "signed", "zero_point"])
+def test_below_8_bits_no_two_products_exceed_16_bits(width, kind):
+    a = {"a": width}
+    found = values(bindings(product()), header(kind), tensors(), a)
+    greatest = {"unsigned": 2**width - 1, "zero_point": 2**width - 1, "signed": 127 + 2 ** (width - 1)}[kind]
+    magnitude = int(np.abs(found["p.codes"].astype(int)).max())
+    assert may_saturate(bindings(product()), header(kind), found, a) == (width == 8)
+    assert (2 * magnitude * greatest <= 2**15) == (width < 8)
+    # As far as they can be shifted, so that the bias is fine.
+    full = -int(narrow(np.array([-128], np.int8), 8, width)[0])
+    assert width == 8 or 2 * (2 * magnitude) * greatest > 2**15 or 2 * magnitude > 128 or magnitude < full
+
+
+def test_codes_are_not_shifted_where_they_are_to_be_packed():
+    found = values(bindings(product()), header(), tensors(), {"a": 2}, filled=lambda width: width > 4)
+    assert np.array_equal(found["p.codes"], narrow(tensors()["a.codes"], 8, 2))
+
+
+def test_other_candidate_widths():
+    codes = {**tensors(3), "a.codes": narrow(tensors()["a.codes"], 8, 4)}
+    for width in (4, 3, 2):
+        found = values(bindings(product()), header(widths=(4, 3, 2)), codes, {"a": width})
+        expected = narrow(codes["a.codes"], 4, width) * (0.02 * 2 ** (4 - width))
+        assert np.allclose(found["p.codes"] * found["p.scale"].reshape(3, 1, 1, 1), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "least", "greatest", "expected"),
+    [
+        ("unsigned", 8, None, None, (0, 0, 255, False)),
+        ("unsigned", 4, None, None, (0, 0, 15, True)),
+        ("unsigned", 8, 0.0, 6.0, (0, 0, 255, False)),
+        ("unsigned", 8, 0.0, 2.003, (0, 0, 200, True)),
+        ("signed", 8, None, None, (128, 0, 255, False)),
+        ("signed", 2, None, None, (128, 126, 129, True)),
+        ("signed", 2, 0.0, None, (128, 128, 129, True)),
+        ("zero_point", 8, None, None, (30, 0, 255, False)),
+        ("zero_point", 2, None, None, (0, 0, 3, True)),
+    ],
+)
+def test_a_quantizer_is_bytes(kind, width, least, greatest, expected):
+    quantizer = Quantizer(prefix="q", layer="a", least=least, greatest=greatest)
+    found = values(bindings(quantizers=(quantizer,)), header(kind), tensors(), {"a": width})
+    assert tuple(int(found[f"q.{key}"]) for key in ("zero", "low", "high", "clips")) == tuple(map(int, expected))
+    assert found["q.scale"] == tensors()["a.input_scale"][WIDTHS.index(width)]
+
+
+def test_a_closed_channel_keeps_its_bias():
+    t = tensors() | {"n.weight": np.array([0.0, 1e-30, 1e-9], np.float32) * np.ones((4, 1), np.float32)}
+    for kind, ranges in (("conv", ()), ("branch", (((-4.0,) * 3, (4.0,) * 3),) * 4), ("int32", ()), ("float", ())):
+        found = values(bindings(product(kind, norm="n", ranges=ranges)), header(), t, {"a": 8})
+        assert all(np.isfinite(array).all() for array in found.values())
+        a = t["n.weight"][0] / np.sqrt(t["n.running_var"][0] + 1e-5)
+        c = t["n.bias"][0] - t["n.running_mean"][0] * a
+        if kind == "conv":
+            assert np.allclose(found["p.bias"] * found["p.bias_scale"].astype(float), c, rtol=1e-5)
+        elif kind == "branch":
+            byte = np.clip(np.round(found["p.bias"] * found["p.bias_scale"].astype(float)), 0, 255)
+            assert (np.abs(byte * found["p.step"] + found["p.offset"] - c) <= found["p.step"] / 2).all()
+        else:
+            assert np.allclose(found["p.offset" if kind == "int32" else "p.bias"].ravel(), c, rtol=1e-5)
+
+
+def test_every_sum_of_two_bits_has_a_byte_of_its_own():
+    """A branch whose channels hold few sums is exact."""
+    p = product("branch", norm="n", ranges=(((-8.0,) * 3, (8.0,) * 3),) * 4)
+    t = tensors() | {"n.weight": np.array([1.5, -0.7, 0.4], np.float32) * np.ones((4, 1), np.float32)}
+    found = values(bindings(p), header(), t, {"a": 2})
+    x = np.stack(np.meshgrid(*[np.arange(4)] * 2), -1).reshape(-1, 2)
+    sums = x @ found["p.codes"][..., 0, 0].T.astype(int) + found["p.bias"]
+    bytes_ = np.round(sums * found["p.bias_scale"].astype(float))
+    weight = narrow(t["a.codes"], 8, 2)[..., 0, 0] * (0.02 * 64)
+    a = t["n.weight"][3] / np.sqrt(t["n.running_var"][3] + 1e-5)
+    expected = (x * float(t["a.input_scale"][3])) @ weight.T * a + t["n.bias"][3] - t["n.running_mean"][3] * a
+    inside = np.abs(expected) < 8
+    assert inside.any() and np.allclose(
+        (bytes_ * found["p.step"] + found["p.offset"])[inside], expected[inside], atol=1e-5
+    )
+    assert (bytes_[inside] >= 0).all() and (bytes_[inside] <= 255).all()
+
+
+@given(st.floats(-1e4, 1e4), st.lists(st.floats(-1e4, 1e4), max_size=3), st.sampled_from([1, 4, 16, 64]))
+def test_the_integer_bias_steps_codes_up_where_the_real_one_does(bias, thresholds, step):
+    chosen = float(_nearest_bias(np.array([bias]), np.array([thresholds]).reshape(1, -1), step)[0])
+    assert chosen == int(chosen) and abs(chosen - bias) <= 2
+
+    def wrong(candidate):
+        return sum(np.ceil((t - candidate) / step) != np.ceil((t - bias) / step) for t in thresholds)
+
+    assert wrong(chosen) <= wrong(np.floor(bias)) and wrong(chosen) <= wrong(np.ceil(bias))
+
+
+def test_bindings_are_text_and_back():
+    quantizer = Quantizer(prefix="q", layer="a", least=0.0, greatest=None)
+    constant = Constant(tensor="n.bias", dtype="float32", norm="n")
+    given_ = bindings(
+        product("branch", ranges=(((-1.0,) * 3, (2.0,) * 3),) * 4), quantizers=(quantizer,), constants=(constant,)
+    )
+    assert Bindings.from_text(given_.to_text()) == given_
+    found = values(given_, header(), tensors(), {"a": 4})
+    assert np.array_equal(found["n.bias"], tensors()["n.bias"][2])
+
+
+def test_the_probe_is_what_it_says():
+    weights = np.full((8, 8, 1, 1), 127, np.int8)
+    constants = {
+        "one": np.float32(1),
+        "zero": np.uint8(0),
+        "wzero": np.int8(0),
+        "scale": np.float32(1100),
+        "w": weights,
+    }
+    node = onnx.helper.make_node("QLinearConv", ["x", "one", "zero", "w", "one", "wzero", "scale", "zero"], ["y"])
+    info = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, executable._PROBE_SHAPE) for name in "xy"]
+    arrays = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()]
+    graph = onnx.helper.make_graph([node], "probe", info[:1], info[1:], arrays)
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 10)], ir_version=5, producer_name=""
+    )
+    assert model.SerializeToString() == executable._PROBE
+
+
+def test_a_convolution_that_is_wrong_even_when_precise_is_refused(monkeypatch):
+    monkeypatch.setattr(executable, "_convolves", lambda *, precise: False)
+    with pytest.raises(UserError, match="wrongly"):
+        executable._must_be_precise(may_saturate=True)
+    monkeypatch.setattr(executable, "_convolves", lambda *, precise: precise)
+    assert executable._must_be_precise(may_saturate=True) and not executable._must_be_precise(may_saturate=False)
+
+
+def test_a_model_is_looked_into_as_onnx_does():
+    model = onnx.load_model_from_string(executable._PROBE)
+    onnx.helper.set_model_props(model, {"a": "b", "empty": ""})
+    content = model.SerializeToString()
+    assert protobuf.metadata(content) == {"a": "b", "empty": ""}
+    assert protobuf.operations(content) == {"QLinearConv": 1}
+
+
+@given(st.binary(max_size=60))
+def test_anything_else_is_refused_or_empty(content):
+    try:
+        assert all(number >= 0 for number, _ in protobuf.fields(memoryview(content)))
+    except UserError as error:
+        assert "damaged" in str(error)

@@ -1,0 +1,259 @@
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import bitswitch as bs
+from bitswitch import artifact
+from bitswitch.errors import UserError
+from bitswitch.nn.switch import quantized_layers
+from bitswitch.runtime import Session, graph_report
+from bitswitch.runtime.source import read
+
+WIDTHS = (8, 6, 4, 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, small):
+    """(quantized model, images, {additions: artifact}); its norms differ from width to width, one has closed channels."""
+    model, images = small
+    folder = tmp_path_factory.mktemp("artifacts")
+    files = {additions: folder / additions for additions in ("requantized", "exact")}
+    for additions, path in files.items():
+        bs.save(model, path, example_inputs=images, additions=additions)
+    return model, images, files
+
+
+def snr_db(reference, found):
+    return 10 * np.log10(np.square(reference).sum() / np.square(found - reference).sum())
+
+
+def torch_logits(model, images, wanted):
+    with bs.switched(model, wanted), torch.no_grad():
+        return model(images).numpy()
+
+
+@pytest.mark.parametrize("additions", ["requantized", "exact"])
+def test_logits_are_torchs(made, additions):
+    model, images, files = made
+    session = Session(files[additions])
+    floor = {"requantized": 30, "exact": 40}[additions]
+    for width in WIDTHS:
+        session.switch(width)
+        assert snr_db(torch_logits(model, images, width), session.run(images.numpy())) > (floor if width == 8 else 20)
+
+
+def test_a_mixed_assignment_runs(made):
+    model, images, files = made
+    mixed = {"conv2": 8, "conv3": 2, "conv4": 4}
+    session = Session(files["exact"], assignment=mixed)
+    assert session.bits is None and session.assignment.to_json() == mixed
+    assert snr_db(torch_logits(model, images, mixed), session.run(images.numpy())) > 20
+    session.switch({"conv3": 8})
+    assert session.assignment.to_json() == mixed | {"conv3": 8}
+
+
+def test_the_batch_is_free(made):
+    _, images, files = made
+    session = Session(files["requantized"], bits=4)
+    whole = session.run(images.numpy())
+    for n in (1, 3):
+        assert np.array_equal(session.run(images[:n].numpy()), whole[:n])
+
+
+def reference_codes(source, assignment, images):
+    """(model with every code as an output, its own codes by ONNX's NumPy interpreter)."""
+    from bitswitch.export.graph import IntegerGraph
+    from bitswitch.export.onnx import _file, ir
+
+    model = ir.serde.deserialize_model(onnx.load_model_from_string(source.graph))
+    graph = IntegerGraph(model, source.bindings, source.header, source.tensors)
+    proto = onnx.load_model_from_string(_file(graph, assignment, "int8"))
+    names = [node.output[0] for node in proto.graph.node if node.op_type in ("QuantizeLinear", "ConvInteger")]
+    kinds = [node.op_type for node in proto.graph.node if node.op_type in ("QuantizeLinear", "ConvInteger")]
+    del proto.graph.output[:]
+    for name, kind in zip(names, kinds, strict=True):
+        dtype = onnx.TensorProto.UINT8 if kind == "QuantizeLinear" else onnx.TensorProto.INT32
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, None))
+    from onnx.reference import ReferenceEvaluator
+
+    return proto, ReferenceEvaluator(proto).run(None, {proto.graph.input[0].name: images})
+
+
+@pytest.mark.parametrize("additions", ["requantized", "exact"])
+@pytest.mark.parametrize("width", [8, 4, 2])
+def test_codes_are_those_of_a_numpy_interpreter(made, additions, width):
+    from bitswitch.runtime.executable import Executable
+
+    _, images, files = made
+    source = read(files[additions])
+    assignment = dict.fromkeys(("conv2", "conv3", "conv4"), width)
+    proto, expected = reference_codes(source, assignment, images.numpy())
+    found = Executable(proto.SerializeToString(), {}).run([images.numpy()])
+    assert len(found) >= 3
+    differences = np.concatenate(
+        [np.abs(a.astype(int) - b.astype(int)).ravel() for a, b in zip(found, expected, strict=True)]
+    )
+    assert differences.max() <= 1 and (differences != 0).mean() <= 1e-3
+
+
+def test_every_convolution_runs_in_integers_at_every_width(made):
+    _, _, files = made
+    for path in files.values():
+        for wanted in (*WIDTHS, {"conv2": 8, "conv3": 4, "conv4": 2}):
+            report = graph_report(path, wanted)
+            assert report["layers"] == report["integer"] == 3
+            # The first and the last layer.
+            assert report["float"] == 2
+    assert graph_report(files["exact"])["additions"] == "exact"
+    assert "Clip" not in graph_report(files["requantized"], 8)["operations"]
+    assert graph_report(files["requantized"], 4)["operations"]["Clip"] >= 2
+
+
+def test_weights_are_narrowed_from_the_stored_codes(made):
+    model, _, files = made
+    source = read(files["exact"])
+    for width in WIDTHS:
+        arrays = source.arrays(dict.fromkeys(source.header.checksums and ("conv2", "conv3", "conv4"), width))
+        # conv4 has no batch normalization behind it: its scale is the weight's alone.
+        dequantized = arrays["conv4.product.codes"].astype(np.int64)
+        if arrays["conv4.product.codes"].dtype == np.uint8:
+            dequantized = dequantized - 128
+            scale = arrays["conv4.product.multiplier"].reshape(-1, 1, 1, 1) / arrays["conv4.input.scale"]
+        else:
+            scale = arrays["conv4.product.scale"].reshape(-1, 1, 1, 1)
+        expected = quantized_layers(model)["conv4"].weight_at(width).detach().numpy()
+        assert np.allclose(dequantized * scale, expected, rtol=1e-6, atol=0)
+
+
+def test_what_was_built_is_kept_and_switched_to(made):
+    session = Session(made[2]["requantized"], bits=8)
+    first = session._current.executable
+    session.switch(2)
+    assert session.bits == 2 and session.widths == WIDTHS and session.additions == "requantized"
+    session.switch(8)
+    assert session._current.executable is first
+    assert [kept.uniform for kept in session.ready] == [2, 8]
+
+
+def test_the_memory_budget_drops_the_oldest(made):
+    path = made[2]["requantized"]
+    session = Session(path, bits=8)
+    one = session.memory
+    session.switch(6)
+    each = session.memory - one
+    assert each > 0
+    small = Session(path, bits=8, memory=2 * each + each // 2)
+    for width in (6, 8, 4):
+        small.switch(width)
+    assert [kept.uniform for kept in small.ready] == [8, 4]
+    tiny = Session(path, bits=8, memory=0)
+    tiny.switch(2)
+    assert [kept.uniform for kept in tiny.ready] == [2]
+    assert np.isfinite(tiny.run(made[1].numpy())).all()
+
+
+def test_threads_run_while_another_switches(made):
+    _, images, files = made
+    session = Session(files["requantized"], threads=1)
+    x = images[:2].numpy()
+    outputs = []
+    for width in WIDTHS:
+        session.switch(width)
+        outputs.append(session.run(x))
+    assert not any(np.array_equal(a, b) for i, a in enumerate(outputs) for b in outputs[:i])
+    seen: list[set[int]] = [set() for _ in range(8)]
+    done = threading.Event()
+
+    def run(mine):
+        while not done.is_set():
+            found = session.run(x)
+            hits = [i for i, output in enumerate(outputs) if np.array_equal(found, output)]
+            mine.add(hits[0] if hits else -1)
+
+    threads = [threading.Thread(target=run, args=(mine,)) for mine in seen]
+    for thread in threads:
+        thread.start()
+    choice = np.random.default_rng(0)
+    for _ in range(1500):
+        session.switch(int(choice.choice(WIDTHS)))
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert set.union(*seen) <= {0, 1, 2, 3} and len(set.union(*seen)) > 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"), [(5, "no width 5"), ({"nothing": 8}, "no quantized layer"), ({"conv2": 3}, "no width 3")]
+)
+def test_an_unknown_width_changes_nothing(made, wanted, message):
+    session = Session(made[2]["requantized"], bits=4)
+    with pytest.raises(UserError, match=message):
+        session.switch(wanted)
+    assert session.bits == 4
+    with pytest.raises(UserError, match=message):
+        Session(made[2]["requantized"], **({"bits": wanted} if isinstance(wanted, int) else {"assignment": wanted}))
+    with pytest.raises(UserError, match="not both"):
+        Session(made[2]["requantized"], bits=8, assignment={})
+
+
+def test_inputs_that_do_not_fit(made):
+    session = Session(made[2]["requantized"])
+    with pytest.raises(UserError, match="do not fit"):
+        session.run(np.zeros((1, 4, 8, 8), np.float32))
+    with pytest.raises(UserError, match="do not fit"):
+        session.run(np.zeros((1, 3, 8, 8)))
+    with pytest.raises(UserError, match="takes 1 inputs, not 2"):
+        session.run(made[1].numpy(), made[1].numpy())
+
+
+def test_a_file_without_a_graph_names_what_adds_it(tmp_path, made):
+    bs.save(made[0], tmp_path / "a")
+    with pytest.raises(UserError, match="example_inputs"):
+        Session(tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x0a\xff\xff", b"\x72\x03\x0a\x01x", b"no protobuf at all"])
+def test_a_damaged_graph_is_refused(tmp_path, made, content):
+    header, tensors = artifact.read(made[2]["exact"])
+    artifact.write(tmp_path / "a", header, tensors | {"graph": np.frombuffer(content, np.uint8)})
+    with pytest.raises(UserError, match="graph is damaged"):
+        Session(tmp_path / "a")
+
+
+def test_the_graph_is_onnx_without_weights(made):
+    _, tensors = artifact.read(made[2]["requantized"])
+    model = onnx.load_model_from_string(tensors["graph"].tobytes())
+    inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    assert sum(np.prod(t.dims, dtype=int) for t in inside) < 100
+    assert tensors["graph"].nbytes < 30_000
+
+
+def test_an_artifact_with_a_graph_loads_as_before(tmp_path, made, network):
+    model, images, files = made
+    loaded = bs.load(files["requantized"], model=network, bits=4)
+    assert np.array_equal(torch_logits(loaded, images, 4), torch_logits(model, images, 4))
+
+
+def test_the_runtime_never_imports_torch(made, tmp_path):
+    np.save(tmp_path / "x.npy", made[1].numpy())
+    code = (
+        "import sys, numpy as np\nfor name in ('torch', 'onnx', 'onnx_ir'): sys.modules[name] = None\n"
+        "from bitswitch.runtime import Session, graph_report\n"
+        f"s = Session({str(made[2]['requantized'])!r}, bits=8); x = np.load({str(tmp_path / 'x.npy')!r})\n"
+        "assert s.run(x).shape == (16, 5); s.switch(2); s.run(x); graph_report(" + repr(str(made[2]["exact"])) + ", 2)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_onnx_runtime_is_named(made):
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\nfrom bitswitch.runtime import Session\n"
+        f"try: Session({str(made[2]['requantized'])!r})\n"
+        "except ValueError as e: assert 'bitswitch[runtime]' in str(e), e\nelse: raise SystemExit('no error')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
