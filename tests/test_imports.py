@@ -22,6 +22,7 @@ LEVELS = [
     {"training", "search", "export"},
     {"config", "rundir", "machine"},
     {"pipeline", "evaluation"},
+    {"deployment"},
     {"cli"},
     {"start"},
     {"__main__"},

@@ -382,6 +382,9 @@ def _widths(text: str | None) -> list[int] | None:
 @app.command()
 def inspect(
     file: File,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Count what runs in integers and what in floats here.")
+    ] = False,
     json_: Json = False,
     device: Device = "auto",
     seed: Seed = None,
@@ -410,6 +413,11 @@ def inspect(
         "other_bytes": sum(a.nbytes for name, a in tensors.items() if not name.endswith(".codes")),
         "provenance": dict(header.provenance),
     }
+    if graph:
+        require("onnxruntime", "runtime")
+        from bitswitch.runtime import graph_report
+
+        document["graph"] = {str(width): graph_report(file, width) for width in header.widths}
     if out is not None:
         files.write_json(out / "inspect.json", document)
     _emit(document, json_, lambda: _show_file(document))
@@ -427,8 +435,66 @@ def _show_file(document: dict[str, Any]) -> None:
     sizes = f"{document['code_bytes']:,} of integer codes, {document['other_bytes']:,} of other tensors"
     output.print(f"{document['bytes']:,} bytes: {sizes}", markup=False)
     output.print(f"network: {json.dumps(document['network'])}", markup=False)
+    for width, report in document.get("graph", {}).items():
+        kinds = (
+            f"{report['integer']} products in integers, {report['float']} in floats, additions {report['additions']}"
+        )
+        output.print(f"graph at {width} bits: {kinds}", markup=False)
     for key, value in document["provenance"].items():
         output.print(f"{key}: {json.dumps(value)}", markup=False)
+
+
+@app.command()
+def export(
+    file: Annotated[str, typer.Argument(help="An artifact, or a recipe whose run is done.")],
+    overrides: Overrides = None,
+    bits: Annotated[str | None, typer.Option(help="Widths, such as 8,4; all where not given.")] = None,
+    assignment: Annotated[
+        str | None, typer.Option(help="frontier.json, frontier.json#3, a JSON file {layer: bits}, or avg<=4.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="int8, or int4 or int2 for the layers that fit.")] = "int8",
+    exact: Annotated[bool, typer.Option("--exact", help="Branches that are added keep 32 bits, not 8.")] = False,
+    data: Annotated[str | None, typer.Option(help="A data name or an image folder; its own where not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="The network where the file does not name it.")] = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; onnx/ beside the artifact if not given.")] = None,
+) -> None:
+    """ONNX files of an artifact, one a precision; the artifact gets its graph, for the session without torch."""
+    require("onnxscript", "onnx")
+    require("onnxruntime", "runtime")
+    from bitswitch import deployment
+
+    path, images = Path(file), None
+    if not path.is_file():
+        recipe = load_recipe(file, overrides or [], seed=seed)
+        directory = RunDirectory(out or Path("runs") / path.stem)
+        path = directory.supernet if directory.supernet.is_file() else directory.artifact
+        if not path.is_file():
+            raise UserError(f"stage train is not done in {directory.path}: bitswitch run {file} does it")
+        out, images = None, pipeline.open_data(recipe).sample(deployment.CALIBRATION_IMAGES)
+    elif overrides:
+        raise UserError(f"{overrides[0]!r}: overrides are for a recipe, {file} is a file")
+    document = deployment.export(
+        path,
+        out or path.parent / "onnx",
+        bits=_widths(bits),
+        assignment=assignment,
+        weights=weights,
+        additions="exact" if exact else "requantized",
+        images=images,
+        data_name=data,
+        network=model,
+    )
+    _emit(document, json_, lambda: _show_exported(path, document))
+
+
+def _show_exported(path: Path, document: dict[str, Any]) -> None:
+    if document["graph_added"]:
+        output.print(f"{path} holds its graph now: bitswitch.runtime.Session runs it", markup=False)
+    for row in document["files"]:
+        output.print(f"{row['file']}: {row['bytes']:,} bytes", markup=False)
 
 
 @recipes_app.callback()

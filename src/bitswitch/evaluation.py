@@ -215,7 +215,7 @@ def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> _
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class Wanted:
     """A precision to evaluate; for a choice of a frontier its number and costs, too."""
 
     precision: int | Mapping[str, int] | None
@@ -231,44 +231,75 @@ class _Wanted:
         return row if self.cost is None else row | {"choice": self.choice, "cost": dict(self.cost)}
 
 
-def _wanted(path: str | Path, subject: _Subject, bits: Sequence[int] | None, assignment: str | None) -> list[_Wanted]:
+def _wanted(path: str | Path, subject: _Subject, bits: Sequence[int] | None, assignment: str | None) -> list[Wanted]:
     if not subject.widths:
         if bits or assignment:
             raise UserError(f"{path} holds float weights and has no widths: leave --bits and --assignment out")
-        return [_Wanted(None)]
+        return [Wanted(None)]
     if bits and len(set(bits)) < len(bits):
         raise UserError(f"--bits {','.join(map(str, bits))}: name each width once")
     for width in bits or ():
         if width not in subject.widths:
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, subject.widths))}")
-    mixed = [] if assignment is None else _assignments(subject, assignment)
-    return [*map(_Wanted, bits or (() if mixed else subject.widths)), *mixed]
-
-
-def _assignments(subject: _Subject, text: str) -> list[_Wanted]:
-    """What --assignment names."""
     layers = list(quantized_layers(subject.model))
+    mixed = [] if assignment is None else assignments_named(assignment, layers, subject.widths, subject.frontier)
+    return [*map(Wanted, bits or (() if mixed else subject.widths)), *mixed]
+
+
+def assignments_named(
+    text: str, layers: Sequence[str], widths: Sequence[int], frontier: Sequence[Mapping[str, Any]]
+) -> list[Wanted]:
+    """What `--assignment` names: see `evaluate_file`.
+
+    Args:
+        text: as it was typed.
+        layers: of the network that are quantized.
+        widths: that they can have, highest first.
+        frontier: of the artifact.
+
+    Raises:
+        UserError: there is no such file or choice, or it is of another network.
+    """
     if "<=" in text:
-        choice = within_budget(subject.frontier, text)
-        return [_Wanted(choice["assignment"], subject.frontier.index(choice), choice["cost"])]
+        choice = within_budget(frontier, text)
+        return [Wanted(choice["assignment"], list(frontier).index(choice), choice["cost"])]
     file, hash_, number = text.rpartition("#") if "#" in text else (text, "", "")
     found = files.read_json(file)
     if not isinstance(found, dict) or "choices" not in found:
         if hash_:
             raise UserError(f"--assignment {text}: {file} has no choices to number; leave #{number} out")
         one = Assignment.from_json(found)
-        widths = dict.fromkeys(layers, subject.widths)
-        return [_Wanted(Assignment.of(one, layers=dict.fromkeys(layers, subject.widths[0]), widths=widths))]
+        candidates = dict.fromkeys(layers, tuple(widths))
+        return [Wanted(Assignment.of(one, layers=dict.fromkeys(layers, widths[0]), widths=candidates))]
     try:
-        choices = [check_choice(choice, layers, subject.widths) for choice in found["choices"]]
+        choices = [check_choice(choice, layers, widths) for choice in found["choices"]]
     except (TypeError, UserError) as error:
         raise UserError(f"--assignment {file}: {error}") from error
-    wanted = [_Wanted(choice["assignment"], i, choice["cost"]) for i, choice in enumerate(choices)]
+    wanted = [Wanted(choice["assignment"], i, choice["cost"]) for i, choice in enumerate(choices)]
     if not hash_:
         return wanted
     if not number.isdecimal() or int(number) >= len(wanted):
         raise UserError(f"--assignment {text}: {file} has choices #0 to #{len(wanted) - 1}")
     return [wanted[int(number)]]
+
+
+def example_images(path: Path, count: int, *, data_name: str | None = None, network: str | None = None) -> Tensor:
+    """The first training images for an artifact's network, float32 [count, C, H, W].
+
+    Args:
+        path: the artifact.
+        count: how many.
+        data_name: a data name or an image folder; the data it was trained on where None.
+        network: its name where the file does not tell, or names the user's own code.
+
+    Raises:
+        UserError: the file, the network or the data cannot be used.
+    """
+    subject = _of_artifact(path, network)
+    name = data_name or subject.data
+    if not name:
+        raise UserError(f"{path} does not say what data it is for: give them with --data")
+    return _data(path, name, subject).sample(count)
 
 
 def _data(path: str | Path, name: str, subject: _Subject) -> DataSet:

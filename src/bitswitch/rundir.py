@@ -123,6 +123,19 @@ class RunDirectory:
         """Set one stage's record."""
         self.write_records(self.records() | {stage: dict(value)})
 
+    def replaced(self, name: str, before: str) -> None:
+        """A file was written anew with more in it: where it is a stage's output as recorded, it is so still.
+
+        Args:
+            name: of the file.
+            before: its digest when it was the stage's.
+        """
+        records = self.records()
+        for record in records.values():
+            if record["outputs"].get(name) == before:
+                record["outputs"][name] = files.file_digest(self.path / name)
+                self.write_records(records)
+
     def metrics(self) -> list[dict[str, Any]]:
         """All rows; a last line that a killed process left unfinished is passed over."""
         return _rows(self._metrics) if self._metrics.exists() else []

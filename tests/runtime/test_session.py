@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import torch
 import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.errors import UserError
+from bitswitch.nn import make_transitional
 from bitswitch.nn.switch import quantized_layers
 from bitswitch.runtime import Session, graph_report
 from bitswitch.runtime.source import read
@@ -55,6 +57,24 @@ def test_a_mixed_assignment_runs(made):
     assert snr_db(torch_logits(model, images, mixed), session.run(images.numpy())) > 20
     session.switch({"conv3": 8})
     assert session.assignment.to_json() == mixed | {"conv3": 8}
+
+
+def test_norms_of_pairs_are_those_of_the_pair(small, tmp_path):
+    model, images = copy.deepcopy(small[0]), small[1]
+    make_transitional(model).train()
+    draw = np.random.default_rng(0)
+    layers = list(bs.widths(model))
+    # Every pair gets statistics and parameters of its own.
+    for norm in (model.bn1, model.bn2, model.bn3):
+        for variant in norm.variants.values():
+            torch.nn.init.uniform_(variant.weight, 0.5, 2.0)
+            torch.nn.init.uniform_(variant.running_mean, -0.5, 0.5)
+    bs.save(model.eval(), tmp_path / "m", example_inputs=images, additions="exact")
+    session = Session(tmp_path / "m")
+    for _ in range(6):
+        wanted = dict(zip(layers, draw.choice([8, 6, 4], len(layers)).tolist(), strict=True))
+        session.switch(wanted)
+        assert snr_db(torch_logits(model, images, wanted), session.run(images.numpy())) > 25
 
 
 def test_the_batch_is_free(made):

@@ -1,5 +1,5 @@
 """From a torch model to an artifact, and back; from both to ONNX."""
 
-from bitswitch.export.artifact import load, save, upgrade
+from bitswitch.export.artifact import add_graph, load, save, upgrade
 
-__all__ = ["load", "save", "upgrade"]
+__all__ = ["add_graph", "load", "save", "upgrade"]

@@ -65,6 +65,32 @@ def save(
     artifact.write(path, header, tensors)
 
 
+def add_graph(
+    path: str | Path,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    model: nn.Module | Callable[..., nn.Module] | str | None = None,
+    additions: Additions = "requantized",
+) -> None:
+    """Put the network's graph into an artifact, or replace it, so that `bitswitch.runtime.Session` can run the file.
+
+    Args:
+        path: the artifact; written whole or not at all.
+        example_inputs, additions: see `save`.
+        model: see `load`.
+
+    Raises:
+        UserError: the file or the network cannot be used, or the network cannot be exported.
+    """
+    from bitswitch.export.graph import session_graph
+
+    header, tensors = artifact.read(path)
+    tensors.pop(GRAPH, None)
+    quantized = load(path, model=model)
+    tensors[GRAPH] = session_graph(quantized, header, tensors, example_inputs, additions)
+    artifact.write(path, header, tensors)
+
+
 def contents(
     model: nn.Module,
     network: Mapping[str, Any] | None = None,

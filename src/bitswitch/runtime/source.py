@@ -64,8 +64,8 @@ def read(path: str | Path) -> Source:
     header, tensors = artifact.read(path)
     if GRAPH not in tensors:
         raise UserError(
-            f"{path} holds no graph to run: add it once, where torch is, with bitswitch.save(model, {str(path)!r}, "
-            "example_inputs=x)"
+            f"{path} holds no graph to run: where torch is, `bitswitch export {path}` adds it, or "
+            "bitswitch.save(..., example_inputs=x)"
         )
     graph = tensors.pop(GRAPH).tobytes()
     try:

@@ -1,0 +1,77 @@
+"""From a trained file to what runs without torch: the graph in the artifact, ONNX files, what a graph is made of."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitswitch import artifact, files
+from bitswitch.errors import UserError, require
+from bitswitch.evaluation import assignments_named, example_images
+from bitswitch.export import add_graph
+from bitswitch.export.artifact import Additions
+from bitswitch.rundir import RunDirectory
+
+CALIBRATION_IMAGES = 64
+
+
+def export(
+    path: Path,
+    folder: Path,
+    *,
+    bits: Sequence[int] | None = None,
+    assignment: str | None = None,
+    weights: str = "int8",
+    additions: Additions = "requantized",
+    images: Tensor | None = None,
+    data_name: str | None = None,
+    network: str | None = None,
+) -> dict[str, Any]:
+    """Write one ONNX file for each precision asked for; the artifact gets its graph first, where it has none.
+
+    Args:
+        path: the artifact.
+        folder: where the ONNX files go: `<name>-4bit.onnx`, `<name>-mixed-3.onnx`.
+        bits: widths; all that the file has where neither this nor `assignment` is given.
+        assignment: as in `bitswitch.evaluation.evaluate_file`.
+        weights: "int8", "int4" or "int2".
+        additions: how a graph that is made now adds branches; see `bitswitch.export.save`.
+        images: to make the graph with; where None, training images of `data_name`, or of the data that the file names.
+        data_name: a data name or an image folder.
+        network: its name where the file does not tell, or names the user's own code.
+
+    Returns:
+        {"files": [{"file", "bits", "assignment", "bytes"}], "graph_added": whether the artifact was written anew}.
+
+    Raises:
+        UserError: an extra is not installed; the file, precision or data cannot be used; a file cannot be written.
+    """
+    require("onnxscript", "onnx")
+    require("onnxruntime", "runtime")
+    from bitswitch.export.onnx import export_file
+
+    header, tensors = artifact.read(path)
+    added = "graph" not in tensors
+    wanted: list[int | Mapping[str, int]] = list(bits or ())
+    if assignment is not None:
+        layers = [layer.name for layer in header.layers]
+        named = assignments_named(assignment, layers, header.widths, header.frontier)
+        wanted += [one.precision for one in named if isinstance(one.precision, Mapping)]
+    for width in bits or ():
+        if width not in header.widths:
+            raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, header.widths))}")
+    if added:
+        if images is None:
+            images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
+        before = files.file_digest(path)
+        add_graph(path, images, model=network, additions=additions)
+        RunDirectory(path.parent).replaced(path.name, before)
+    made = []
+    for i, one in enumerate(wanted or header.widths):
+        name = f"{one}bit" if isinstance(one, int) else f"mixed-{i}"
+        file = folder / f"{path.stem}-{name}.onnx"
+        used = export_file(path, file, wanted=one, weights=weights)  # type: ignore[arg-type]
+        row = {"file": str(file), "bits": used.uniform, "assignment": None, "bytes": file.stat().st_size}
+        made.append(row if isinstance(one, int) else row | {"assignment": used.to_json()})
+    return {"files": made, "graph_added": added}
