@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from bitswitch import cli
 from bitswitch.artifact import read_header
 from bitswitch.data import load_data
 from bitswitch.nn import TransitionalBatchNorm, plan_of
+from bitswitch.runtime import Session
 
 SHORT = [
     *("pretrain.epochs=3", "train.epochs=2", "supernet.epochs=2"),
@@ -312,6 +314,53 @@ def test_a_float_checkpoint_has_no_assignments(capsys, done):
     (row,) = json.loads(out)["results"]
     rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     assert row["top1"] == next(r["top1"] for r in rows if r["stage"] == "pretrain" and r["split"] == "test")
+
+
+def test_export_and_the_session(capsys, copied):
+    file = copied / "supernet.safetensors"
+    words = ["export", file, "--bits", "4", "--assignment", "avg<=5", "--json"]
+    status, out, err = call(capsys, *words)
+    assert status == 0, err
+    document = json.loads(out)
+    assert document["graph_added"] and [row["bits"] for row in document["files"]] == [4, None]
+    assert all(Path(row["file"]).parent == copied / "onnx" for row in document["files"])
+    # The file has more in it now, and is the stage's still.
+    status, _, err = call(capsys, "run", "digits", *SHORT, "--out", copied, "--json")
+    assert status == 0 and err.count("done before, skipped") == 5
+    assert json.loads(call(capsys, *words)[1])["graph_added"] is False
+    mixed = document["files"][1]["assignment"]
+    model = bs.load(file)
+    session = Session(file)
+    for x, _ in load_data("digits").evaluation_batches("test", batch_size=360, device=torch.device("cpu")):
+        for wanted, written in ((4, document["files"][0]), (mixed, document["files"][1])):
+            session.switch(wanted)
+            with bs.switched(model, wanted), torch.no_grad():
+                expected = model(x).argmax(1).numpy()
+            assert (session.run(x.numpy()).argmax(1) == expected).mean() > 0.97
+            exported = onnxruntime.InferenceSession(written["file"], providers=["CPUExecutionProvider"])
+            (found,) = exported.run(None, {exported.get_inputs()[0].name: x.numpy()})
+            assert (found.argmax(1) == expected).mean() > 0.97
+    graph = json.loads(call(capsys, "inspect", file, "--graph", "--json")[1])["graph"]
+    assert set(graph) == {"8", "6", "4", "2"} and all(report["integer"] >= 6 for report in graph.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--bits", "5"], "has no width 5"),
+        (["--weights", "int3"], "--weights int3"),
+        (["train.epochs=3"], "overrides are for a recipe"),
+        (["--assignment", "avg<=1"], "the least is 2"),
+    ],
+)
+def test_what_cannot_be_exported(capsys, copied, words, expected):
+    before = (copied / "supernet.safetensors").read_bytes()
+    one_line(call(capsys, "export", copied / "supernet.safetensors", *words), expected)
+    assert (copied / "supernet.safetensors").read_bytes() == before and not (copied / "onnx").exists()
+
+
+def test_a_recipe_that_has_not_run_cannot_be_exported(capsys, tmp_path):
+    one_line(call(capsys, "export", "digits", "--out", tmp_path / "none"), "stage train is not done")
 
 
 def test_what_a_library_prints_is_not_on_stdout(capfd):

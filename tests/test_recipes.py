@@ -1,5 +1,8 @@
 """Every recipe of the paper's rows resolves, builds its network and takes two steps on stand-in data."""
 
+import copy
+import functools
+
 import pytest
 import torch
 
@@ -35,6 +38,14 @@ def run_of(name, tmp_path, *overrides):
     )
 
 
+@functools.cache
+def quantized(name, bits, method, keep):
+    """(float network, quantized network): many recipes share them."""
+    torch.manual_seed(0)
+    network = build(name, {"num_classes": 10})
+    return network, bs.quantize(network, example_inputs=IMAGES, bits=bits, method=method, keep=keep)
+
+
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name != "digits"])
 def test_two_steps(name, tmp_path, monkeypatch):
     monkeypatch.setattr("bitswitch.numerics.scales._SAMPLE", 1 << 10)
@@ -42,9 +53,7 @@ def test_two_steps(name, tmp_path, monkeypatch):
     method, keep = run.recipe.train.method, run.recipe.train.keep
     # A recipe of mixed precision trains as the one it extends does; what is its own is the SuperNet.
     part = run.recipe.train if run.recipe.supernet is None else run.recipe.supernet
-    torch.manual_seed(0)
-    network = build(run.recipe.model.name, {"num_classes": 10})
-    model = bs.quantize(network, example_inputs=IMAGES, bits=run.recipe.bits, method=method, keep=keep)
+    network, model = copy.deepcopy(quantized(run.recipe.model.name, run.recipe.bits, method, keep))
     sampler = None
     if run.recipe.supernet is not None:
         sampler = supernet_sampler(

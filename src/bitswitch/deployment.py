@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
 from bitswitch import artifact, files
-from bitswitch.errors import UserError, require
+from bitswitch.errors import UserError, nearest, require
 from bitswitch.evaluation import assignments_named, example_images
 from bitswitch.export import add_graph
 from bitswitch.export.artifact import Additions
@@ -49,7 +49,7 @@ def export(
     """
     require("onnxscript", "onnx")
     require("onnxruntime", "runtime")
-    from bitswitch.export.onnx import export_file
+    from bitswitch.export.onnx import Weights, export_file
 
     header, tensors = artifact.read(path)
     added = "graph" not in tensors
@@ -61,6 +61,8 @@ def export(
     for width in bits or ():
         if width not in header.widths:
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, header.widths))}")
+    if weights not in get_args(Weights):
+        raise UserError(f"--weights {weights}{nearest(weights, get_args(Weights))}: use int8, int4 or int2")
     if added:
         if images is None:
             images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)

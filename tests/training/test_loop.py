@@ -97,7 +97,7 @@ def test_accumulate_is_the_sum_of_the_gradients(quantized, images):
     optimizer.zero_grad()
     caught = {}
 
-    def catch(width=None):
+    def catch(width=None, *, mixed=False):
         assert width is None
         caught.update({n: p.grad.clone() for n, p in quantized.named_parameters() if p.grad is not None})
 
