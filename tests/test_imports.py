@@ -22,7 +22,7 @@ LEVELS = [
     {"training", "search", "export"},
     {"config", "rundir", "machine"},
     {"pipeline", "evaluation"},
-    {"deployment"},
+    {"deployment", "bench"},
     {"cli"},
     {"start"},
     {"__main__"},

@@ -497,6 +497,47 @@ def _show_exported(path: Path, document: dict[str, Any]) -> None:
         output.print(f"{row['file']}: {row['bytes']:,} bytes", markup=False)
 
 
+@app.command()
+def bench(
+    file: File,
+    model: Annotated[str | None, typer.Option(help="The network where the file does not name it.")] = None,
+    rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 10,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Report = None,
+) -> None:
+    """Size, memory, switching, latency and throughput of an artifact at every width, on this machine's CPU."""
+    from bitswitch.bench import bench as measure
+
+    document = measure(file, network=model, rounds=rounds)
+    if out is not None:
+        files.write_json(out / "bench.json", document)
+    _emit(document, json_, lambda: _show_bench(document))
+
+
+def _show_bench(document: dict[str, Any]) -> None:
+    costs = Table(title=f"{document['file']}: {document['file_bytes']:,} bytes", title_justify="left")
+    heads = ("bits", "bytes read", "narrowed", "torch switch ms", "session build ms", "session switch us", "peak MB")
+    for column in heads:
+        costs.add_column(column, justify="right")
+    for row in document["widths"]:
+        rest = [row[key] for key in ("torch_switch_ms", "session_build_ms", "session_switch_us")]
+        peaks = "/".join("-" if row[key] is None else f"{row[key]:.0f}" for key in ("torch_peak_mb", "session_peak_mb"))
+        numbers = ["-" if value is None else f"{value:.2f}" for value in rest]
+        costs.add_row(str(row["bits"]), f"{row['bytes_read']:,}", f"{row['narrowed_bytes']:,}", *numbers, peaks)
+    output.print(costs)
+    speed = Table(title=f"{document['machine']['threads']} threads", title_justify="left")
+    for column in ("engine", "bits", "batch", "ms", "images/s"):
+        speed.add_column(column, justify="left" if column == "engine" else "right")
+    for row in document["speed"]:
+        bits = "float" if row["bits"] is None else str(row["bits"])
+        speed.add_row(row["engine"], bits, str(row["batch"]), f"{row['ms']:.2f}", f"{row['images_per_s']:,.0f}")
+    output.print(speed)
+    if not document["graph"]:
+        output.print(f"no session: bitswitch export {document['file']} adds the graph", markup=False)
+
+
 @recipes_app.callback()
 def recipes(
     context: typer.Context, json_: Json = False, device: Device = "auto", seed: Seed = None, out: Report = None

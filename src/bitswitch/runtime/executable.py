@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,14 +33,26 @@ class Executable:
         may_saturate: whether the sum of two products can exceed 16 bits.
         threads: how many threads an operation may use; 0: as many as there are cores.
         optimize: False leaves the graph as it is, float operations between quantizers.
+        profile: for `profiled`.
     """
 
     def __init__(
-        self, graph: bytes, arrays: Arrays, *, may_saturate: bool = True, threads: int = 0, optimize: bool = True
+        self,
+        graph: bytes,
+        arrays: Arrays,
+        *,
+        may_saturate: bool = True,
+        threads: int = 0,
+        optimize: bool = True,
+        profile: bool = False,
     ) -> None:
         options = _options(threads, precise=_must_be_precise(may_saturate))
         if not optimize:
             options.graph_optimization_level = _onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
+        if profile:
+            self._folder = TemporaryDirectory()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._folder.name) / "profile")
         self._session = _session(graph, arrays, options)
         self._names = [value.name for value in self._session.get_inputs()]
         self.nbytes = sum(array.nbytes for array in arrays.values()) + len(graph)
@@ -53,6 +66,16 @@ class Executable:
         except _onnxruntime().capi.onnxruntime_pybind11_state.InvalidArgument as error:
             reason = " ".join(str(error).split("INVALID_ARGUMENT :")[-1].split())
             raise UserError(f"the inputs do not fit the network: {reason[:300]}") from error
+
+    def profiled(self, inputs: Sequence[np.ndarray], rounds: int) -> list[tuple[str, float]]:
+        """(node, milliseconds) of every node of every run but a first one; once, where made with `profile`."""
+        for _ in range(rounds + 1):
+            self.run(inputs)
+        events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        self._folder.cleanup()
+        kernels = [event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")]
+        first = len(kernels) // (rounds + 1)
+        return [(event["name"].removesuffix("kernel_time"), event["dur"] / 1e3) for event in kernels[first:]]
 
 
 def fused_operations(graph: bytes, arrays: Arrays, *, may_saturate: bool) -> Counter[str]:

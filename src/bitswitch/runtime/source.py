@@ -42,11 +42,11 @@ class Source:
         """The graph's constants at an assignment, by name."""
         return values(self.bindings, self.header, self.tensors, assignment)
 
-    def executable(self, assignment: Mapping[str, int], *, threads: int = 0) -> Executable:
+    def executable(self, assignment: Mapping[str, int], *, threads: int = 0, profile: bool = False) -> Executable:
         """The graph at an assignment, ready to run."""
         arrays = self.arrays(assignment)
         saturates = may_saturate(self.bindings, self.header, arrays, assignment)
-        return Executable(self.graph, arrays, may_saturate=saturates, threads=threads)
+        return Executable(self.graph, arrays, may_saturate=saturates, threads=threads, profile=profile)
 
     def operations(self, assignment: Mapping[str, int]) -> Counter[str]:
         """How many operations of each type the graph has at an assignment when it is ready to run."""

@@ -1,0 +1,234 @@
+"""What an artifact costs on this machine: bytes, memory, time, for every width; and a latency table for the search."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bitswitch import artifact
+from bitswitch.codes import bits_read
+from bitswitch.errors import UserError, require
+from bitswitch.export import load
+from bitswitch.machine import machine
+from bitswitch.nn import quantized_layers, switch
+
+BATCHES = (1, 32)
+
+
+def bench(path: Path, *, network: str | None = None, rounds: int = 10) -> dict[str, Any]:
+    """Measure an artifact, in torch and, where the file holds its graph, in the session and as a float ONNX model.
+
+    Everything is timed in turn, round after round, so that a busy machine slows all alike; medians count.
+
+    Args:
+        path: the artifact.
+        network: its name where the file does not tell, or names the user's own code.
+        rounds: how often each is timed.
+
+    Returns:
+        {"file", "file_bytes", "machine", "graph": whether the file holds one, "widths": [{"bits", "bytes_read",
+        "narrowed_bytes", "torch_switch_ms", "session_build_ms", "session_switch_us", "torch_peak_mb", "session_peak_mb"}],
+        "speed": [{"engine", "bits", "batch", "ms", "images_per_s"}], "latency": {"unit": "ms", "layers": {layer: {bits: ms}}}};
+        what the graph is needed for is None, or left out, without it. "latency" is the table that `search.latency` takes.
+
+    Raises:
+        UserError: the file cannot be used, or does not say of what shape its input is.
+    """
+    header, tensors = artifact.read(path)
+    shape = (header.preprocessing or {}).get("shape")
+    if not shape:
+        raise UserError(
+            f"{path} does not say of what shape its input is: save it with preprocessing={{'shape': [C, H, W]}}"
+        )
+    images = np.random.default_rng(0).standard_normal((max(BATCHES), *shape)).astype(np.float32)
+    model = load(path, model=network)
+    graph = "graph" in tensors
+    rows = [_sizes(path, header, tensors, bits) for bits in header.widths]
+    for row in rows:
+        row |= {"torch_switch_ms": _torch_switch(model, row["bits"], header.widths, images, rounds)}
+        row |= {"torch_peak_mb": _peak(path, "torch", row["bits"], network, shape)}
+        row |= dict.fromkeys(("session_build_ms", "session_switch_us", "session_peak_mb"))
+    runs: dict[tuple[str, int | None], Callable[[np.ndarray], Any]] = {}
+    for bits in header.widths:
+        runs["torch", bits] = _in_torch(model, bits)
+    document: dict[str, Any] = {
+        "file": str(path),
+        "file_bytes": path.stat().st_size,
+        "machine": machine(),
+        "graph": graph,
+        "widths": rows,
+    }
+    if graph:
+        require("onnxruntime", "runtime")
+        for row in rows:
+            row |= _session_costs(path, row["bits"], header.widths, rounds)
+            row |= {"session_peak_mb": _peak(path, "session", row["bits"], network, shape)}
+            runs["session", row["bits"]] = _in_session(path, row["bits"])
+        runs["float ONNX", None] = _float_onnx(model, header.widths[0], images)
+        layers = _layer_latency(path, header.widths, images[:1], rounds)
+        document["latency"] = None if layers is None else {"unit": "ms", "layers": layers}
+    document["speed"] = _speed(runs, images, rounds)
+    return document
+
+
+def _sizes(path: Path, header: artifact.Header, tensors: Mapping[str, np.ndarray], bits: int) -> dict[str, Any]:
+    planes = header.widths[0]
+    plane = artifact.plane_bytes([layer.shape for layer in header.layers])
+    weights = [int(np.prod(layer.shape)) for layer in header.layers]
+    others = sum(t.nbytes for name, t in tensors.items() if not name.endswith(".codes") and name != "graph")
+    graph = tensors["graph"].nbytes if "graph" in tensors else 0
+    before = path.stat().st_size - planes * plane - graph
+    return {
+        "bits": bits,
+        "bytes_read": before + bits_read(planes, bits) * plane,
+        "narrowed_bytes": others + sum(-(-count * bits // 8) for count in weights),
+    }
+
+
+def _milliseconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _torch_switch(model: nn.Module, bits: int, widths: Sequence[int], images: np.ndarray, rounds: int) -> float:
+    """Switch and make every float weight, from another width."""
+    layers = quantized_layers(model).values()
+    other = widths[0] if bits != widths[0] else widths[-1]
+
+    def weights() -> None:
+        switch(model, bits)
+        for layer in layers:
+            layer.weight_at(bits)
+
+    found = []
+    for _ in range(rounds):
+        switch(model, other)
+        for layer in layers:
+            layer.weight_at(other)
+        found.append(_milliseconds(weights))
+    return statistics.median(found)
+
+
+def _in_torch(model: nn.Module, bits: int) -> Callable[[np.ndarray], Any]:
+    def run(x: np.ndarray) -> Any:
+        switch(model, bits)
+        with torch.no_grad():
+            return model(torch.from_numpy(x))
+
+    return run
+
+
+def _in_session(path: Path, bits: int) -> Callable[[np.ndarray], Any]:
+    from bitswitch.runtime import Session
+
+    return Session(path, bits=bits).run
+
+
+def _session_costs(path: Path, bits: int, widths: Sequence[int], rounds: int) -> dict[str, float]:
+    from bitswitch.runtime import Session
+
+    other = widths[0] if bits != widths[0] else widths[-1]
+    session = Session(path, bits=other)
+    build = _milliseconds(lambda: session.switch(bits))
+    found = []
+    for _ in range(10 * rounds):
+        session.switch(other)
+        found.append(1e3 * _milliseconds(lambda: session.switch(bits)))
+    return {"session_build_ms": build, "session_switch_us": statistics.median(found)}
+
+
+def _float_onnx(model: nn.Module, bits: int, images: np.ndarray) -> Callable[[np.ndarray], Any]:
+    """The network in float32, with the weights and batch normalizations of a width, in ONNX Runtime."""
+    ort = require("onnxruntime", "runtime")
+    require("onnxscript", "onnx")
+    from bitswitch.export.float_graph import float_twin
+
+    switch(model, bits)
+    twin = float_twin(model)
+    for name, layer in quantized_layers(model).items():
+        twin.get_submodule(name).weight.data.copy_(layer.weight_at(bits))  # type: ignore[operator]
+    example = torch.from_numpy(images[:2])
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.onnx.export(twin.eval(), (example,), dynamo=True, verbose=False, dynamic_shapes=shapes)
+    assert program is not None
+    session = ort.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda x: session.run(None, {name: x})
+
+
+def _speed(
+    runs: Mapping[tuple[str, int | None], Callable[[np.ndarray], Any]], images: np.ndarray, rounds: int
+) -> list[dict[str, Any]]:
+    times: dict[tuple[str, int | None, int], list[float]] = {}
+    for turn in range(rounds + 1):
+        for (engine, bits), run in runs.items():
+            for batch in BATCHES:
+                x = images[:batch]
+                # A switch in torch makes weights at the first run: that is no part of the run.
+                run(x)
+                spent = _milliseconds(lambda run=run, x=x: run(x))  # type: ignore[misc]
+                if turn:
+                    times.setdefault((engine, bits, batch), []).append(spent)
+    return [
+        {"engine": engine, "bits": bits, "batch": batch, "ms": ms, "images_per_s": 1e3 * batch / ms}
+        for (engine, bits, batch), found in times.items()
+        for ms in [statistics.median(found)]
+    ]
+
+
+def _layer_latency(
+    path: Path, widths: Sequence[int], images: np.ndarray, rounds: int
+) -> dict[str, dict[str, float]] | None:
+    """ONNX Runtime's own profile of one image: the time of each layer's product at each width, median over runs.
+
+    None where the profile does not tell every layer's product.
+    """
+    onnx = require("onnx", "onnx")
+    from bitswitch.runtime.source import read
+
+    source = read(path)
+    prefixes = {f"{product.prefix}.": product.layer for product in source.bindings.products}
+    nodes: dict[str, str] = {}
+    for node in onnx.load_model_from_string(source.graph).graph.node:
+        for prefix, layer in prefixes.items():
+            if node.op_type not in ("DequantizeLinear", "Mul", "Add") and any(x.startswith(prefix) for x in node.input):
+                nodes[node.name] = layer
+    found: dict[str, dict[str, float]] = {layer: {} for layer in prefixes.values()}
+    for bits in widths:
+        assignment = {layer.name: bits for layer in source.header.layers}
+        times: dict[str, list[float]] = {layer: [] for layer in found}
+        for event, milliseconds in source.executable(assignment, threads=1, profile=True).profiled([images], rounds):
+            owner = max((name for name in nodes if event.startswith(f"{name}_")), key=len, default=None)
+            if owner is not None:
+                times[nodes[owner]].append(milliseconds)
+        if not all(times.values()):
+            return None
+        for layer, values in times.items():
+            found[layer][str(bits)] = statistics.median(values)
+    return found
+
+
+_PEAK = {
+    "torch": "import torch, bitswitch; m = bitswitch.load({path!r}, bits={bits}, model={model!r}); "
+    "m(torch.zeros(1, *{shape}))",
+    "session": "import numpy; from bitswitch.runtime import Session; "
+    "Session({path!r}, bits={bits}).run(numpy.zeros((1, *{shape}), numpy.float32))",
+}
+
+
+def _peak(path: Path, engine: str, bits: int, network: str | None, shape: Sequence[int]) -> float | None:
+    """Peak resident memory in MB (Linux) of a new process that loads one width and runs one image."""
+    code = _PEAK[engine].format(path=str(path), bits=bits, model=network, shape=list(shape))
+    # Not getrusage: what it gives begins with the peak of the process that started this one.
+    code += "; print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # A network of the user's own may not be found from here, and only Linux has that file.
+    return float(done.stdout.split()[-2]) / 1024 if not done.returncode else None

@@ -1,0 +1,69 @@
+"""`bitswitch bench`, on a small network: the form of what it measures, and what can be known beforehand."""
+
+import json
+
+import pytest
+import torch
+
+import bitswitch as bs
+from bitswitch import cli
+from bitswitch.codes import bits_read
+from bitswitch.models import build
+from bitswitch.search import read_latency
+
+
+def call(capsys, *words):
+    """(exit status, stdout, stderr) of a command, in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+@pytest.fixture
+def file(tmp_path):
+    torch.manual_seed(0)
+    images = torch.rand(4, 1, 8, 8)
+    network = {"name": "cifar_resnet8", "args": {"in_channels": 1}}
+    model = bs.quantize(build(**network), bits=(8, 2), example_inputs=images)
+    path = tmp_path / "m.safetensors"
+    bs.save(model.eval(), path, network=network, preprocessing={"shape": [1, 8, 8]}, example_inputs=images)
+    return path
+
+
+def test_every_engine_and_width_is_measured(capsys, file, tmp_path, monkeypatch):
+    status, out, err = call(capsys, "bench", file, "--rounds", 1, "--json", "--out", tmp_path)
+    assert status == 0, err
+    document = json.loads(out)
+    model = bs.load(file)
+    layers = bs.widths(model)
+    weights = sum(model.get_submodule(name).stored_shape.numel() for name in layers)
+    assert [row["bits"] for row in document["widths"]] == [8, 2]
+    by_bits = {row["bits"]: row for row in document["widths"]}
+    read = by_bits[8]["bytes_read"] - by_bits[2]["bytes_read"]
+    assert read == (bits_read(8, 8) - bits_read(8, 2)) * weights // 8
+    assert by_bits[8]["narrowed_bytes"] - by_bits[2]["narrowed_bytes"] == weights - weights // 4
+    for row in document["widths"]:
+        assert all(row[key] > 0 for key in row)
+    timed = {(row["engine"], row["bits"], row["batch"]) for row in document["speed"]}
+    engines = [("torch", 8), ("torch", 2), ("session", 8), ("session", 2), ("float ONNX", None)]
+    assert timed == {(*one, batch) for one in engines for batch in (1, 32)}
+    table = read_latency(tmp_path / "bench.json")
+    assert set(table) == set(layers) and all(set(row) == {8, 2} and min(row.values()) > 0 for row in table.values())
+    traces = dict.fromkeys(layers, 1.0)
+    (choice, *_) = bs.search(model, traces, budgets=[{"latency": 1e9}], latency=table)
+    assert choice.assignment.uniform == 8
+
+
+def test_a_file_without_a_graph_is_measured_in_torch(capsys, tmp_path):
+    torch.manual_seed(0)
+    images = torch.rand(4, 1, 8, 8)
+    network = {"name": "cifar_resnet8", "args": {"in_channels": 1}}
+    model = bs.quantize(build(**network), bits=(8, 2), example_inputs=images)
+    bs.save(model, tmp_path / "m", network=network, preprocessing={"shape": [1, 8, 8]})
+    status, out, _ = call(capsys, "bench", tmp_path / "m", "--rounds", 1)
+    assert status == 0 and "bitswitch export" in out and "session" not in out.split("no session")[0].split("threads")[1]
+    bs.save(model, tmp_path / "n", network=network)
+    status, out, err = call(capsys, "bench", tmp_path / "n")
+    assert status == 2 and "of what shape its input is" in err and err.count("\n") == 1
