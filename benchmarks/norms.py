@@ -79,7 +79,7 @@ def main() -> None:
     words = " ".join("data.root=FOLDER" if word.startswith("data.root=") else word for word in options.words)
     result = {
         "title": f"Batch normalization in the SuperNet ({options.recipe}): top-1 % of {options.mixtures} random mixtures",
-        "command": f"python benchmarks/norms.py OUT --recipe {options.recipe} --seeds {options.seeds} {words}".strip(),
+        "command": f"python benchmarks/norms.py OUT --recipe {options.recipe} --seeds {options.seeds} --words {words}",
         "data": options.recipe,
         "split": "val",
         "seeds": list(range(options.seeds)),
