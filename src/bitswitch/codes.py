@@ -60,7 +60,8 @@ def narrow(q: Codes, high: int, low: int) -> Codes:
     Args:
         q: codes in `signed_range(high)`, a NumPy array or torch tensor of a signed integer type, any shape.
         high: the width of `q`, at most 8.
-        low: the width wanted, at least 2.
+        low: the width wanted, at least 2. Either width may be a 0-dim integer tensor, which is not checked: so one
+            compiled graph serves all widths.
 
     Returns:
         Codes of the same type and shape, in `signed_range(low)`. `q` itself where the widths are equal.
@@ -72,16 +73,17 @@ def narrow(q: Codes, high: int, low: int) -> Codes:
     >>> narrow(np.array([-128, -33, -32, 31, 32, 127], np.int8), 8, 2)
     array([-2, -1,  0,  0,  1,  1], dtype=int8)
     """
-    if not LEAST_BITS <= low <= high <= MOST_BITS:
+    plain = isinstance(high, (int, np.integer)) and isinstance(low, (int, np.integer))
+    if plain and not LEAST_BITS <= low <= high <= MOST_BITS:
         raise UserError(f"cannot narrow from {high} to {low} bits: need {LEAST_BITS} <= low <= high <= {MOST_BITS}")
     if not str(q.dtype).removeprefix("torch.").startswith("int"):
         raise TypeError(f"codes are signed integers, not {q.dtype}")
     shift = high - low
-    if shift == 0:
+    if plain and shift == 0:
         return q
     # Add half, then shift, as hardware does. What would leave int8 by the addition has the greatest code anyway; the least
     # code needs no clipping. One array, three passes over it: this runs at every switch.
-    half = 1 << (shift - 1)
+    half = (1 << shift) >> 1
     q = q.clip(max=signed_range(high)[1] - half)
     q += half
     q >>= shift

@@ -59,7 +59,7 @@ def replace_attention(model: nn.Module) -> list[str]:
     for name, module in list(model.named_modules()):
         if type(module) is nn.MultiheadAttention:
             if MultiheadAttention.supports(module):
-                _become(module, MultiheadAttention(module))
+                become(module, MultiheadAttention(module))
             else:
                 refused.append(name)
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -70,7 +70,7 @@ def replace_attention(model: nn.Module) -> list[str]:
     return refused
 
 
-def _become(module: nn.Module, other: nn.Module) -> None:
+def become(module: nn.Module, other: nn.Module) -> None:
     """Make `module` what `other` is, in place, so that all who hold it, plain lists too, hold the new one."""
     module.__class__ = type(other)
     module.__dict__ = other.__dict__
@@ -97,12 +97,12 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
                 f"this {type(model).__name__} is another network than the one quantized: it has no {name!r}"
             )
     for name, kind in plan.layers.items():
-        _become(modules[name], _quantized(name, modules[name], kind, plan))
+        become(modules[name], _quantized(name, modules[name], kind, plan))
     for name, follows in plan.norms.items():
         layer = modules[follows]
         if not isinstance(modules[name], BATCH_NORMS) or not isinstance(layer, QuantizedLayer):
             raise UserError(f"this {type(model).__name__} is another network than the one quantized: see {name!r}")
-        _become(modules[name], SwitchableBatchNorm(modules[name], layer))
+        become(modules[name], SwitchableBatchNorm(modules[name], layer))
     model.bitswitch_plan = replace(plan, transitional=False)  # type: ignore[assignment]
     return make_transitional(model) if plan.transitional else model
 
@@ -126,7 +126,7 @@ def make_transitional(model: nn.Module) -> nn.Module:
         modules: dict[str, Any] = dict(model.named_modules())
         for name, before in plan.before.items():
             norm = modules[name]
-            _become(norm, TransitionalBatchNorm(norm, norm.follows, None if before is None else modules[before]))
+            become(norm, TransitionalBatchNorm(norm, norm.follows, None if before is None else modules[before]))
         model.bitswitch_plan = replace(plan, transitional=True)  # type: ignore[assignment]
     return model
 

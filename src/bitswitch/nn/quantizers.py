@@ -6,7 +6,7 @@ gradient, and every optimizer of torch leaves such a parameter, its momentum and
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,39 @@ def input_range(kind: InputKind, bits: int) -> tuple[int, int]:
     return signed_range(bits) if kind == "signed" else unsigned_range(bits)
 
 
-class _Quantizer(nn.Module):
-    """A quantizer whose scales are learned as they are ("raw") or as their logarithm ("log")."""
+class Quantizer(nn.Module):
+    """A quantizer whose scales are learned as they are ("raw") or as their logarithm ("log").
+
+    Its forward is `quantize` with what a width has: its numbers and its parameters. `nn.one_graph` hands `quantize` the same
+    as tensors, so that one compiled graph serves every width.
+    """
+
+    widths: tuple[int, ...]
 
     def __init__(self, form: ScaleForm) -> None:
         super().__init__()
         self.form = form
+
+    @property
+    def high(self) -> int:
+        """The highest width, that of the stored codes."""
+        return self.widths[0]
+
+    def numbers(self, width: int) -> tuple[int | float, ...]:
+        """What tells a width apart in `quantize`, beside its parameters."""
+        raise NotImplementedError
+
+    def selected(self, width: int) -> dict[str, nn.Parameter]:
+        """The parameters that a width uses, by the names under which `quantize` takes them."""
+        raise NotImplementedError
+
+    def quantize(self, x: Tensor, *numbers: Any, **selected: Tensor) -> Tensor:
+        """`x` as it is at the width of these numbers (or 0-dim tensors of them), computed with these parameters."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, width: int) -> Tensor:
+        """`x` as it is at `width` bits, float, with gradients to itself and to the parameters of the width."""
+        return self.quantize(x, *self.numbers(width), **self.selected(width))
 
     def _positive(self, parameter: Tensor) -> Tensor:
         """The scale that a parameter stands for: in [2^-30, 2^30], whatever an optimizer wrote into the parameter."""
@@ -50,7 +77,7 @@ class _Quantizer(nn.Module):
         return scale.log() if self.form == "log" else scale
 
 
-class WeightQuantizer(_Quantizer):
+class WeightQuantizer(Quantizer):
     """One shared scale `s_h` for all widths, lower widths derived from the codes of the highest.
 
     Args:
@@ -75,11 +102,6 @@ class WeightQuantizer(_Quantizer):
         self.narrowing = _NARROWINGS[method]
         self.lsq_factor = lsq_factor
         self.scale_parameter = nn.Parameter(self._parameter_from(torch.ones(tuple(shape))))
-
-    @property
-    def high(self) -> int:
-        """The width of the stored codes."""
-        return self.widths[0]
 
     @property
     def per_channel(self) -> bool:
@@ -114,19 +136,27 @@ class WeightQuantizer(_Quantizer):
             raise UserError("only double_rounding can be stored as integers: this method is for comparison")
         return weight_codes(weight, self.scale(), self.high)
 
-    def forward(self, weight: Tensor, width: int) -> Tensor:
-        """`weight` as it is at `width` bits, float, with gradients to itself and to the scale."""
+    def selected(self, width: int) -> dict[str, nn.Parameter]:
+        """The shared scale, whatever the width."""
+        return {"scale_parameter": self.scale_parameter}
+
+    def numbers(self, width: int) -> tuple[int | float, ...]:
+        """The width."""
+        return (width,)
+
+    def quantize(self, x: Tensor, *numbers: Any, **selected: Tensor) -> Tensor:
+        """A weight at a width, from the codes of the highest."""
         return double_round(
-            weight,
-            self.scale(),
+            x,
+            self._positive(selected["scale_parameter"]),
             high=self.high,
-            low=width,
+            low=numbers[0],
             narrowing=self.narrowing,
             lsq_factor=self.lsq_factor,
         )
 
 
-class PerWidthWeightQuantizer(_Quantizer):
+class PerWidthWeightQuantizer(Quantizer):
     """A scale for every width, over float weights that are kept: for comparison, not for storage.
 
     Args:
@@ -154,11 +184,6 @@ class PerWidthWeightQuantizer(_Quantizer):
             {str(w): self._parameter_from(torch.ones(tuple(shape))) for w in widths}
         )
 
-    @property
-    def high(self) -> int:
-        """The highest width."""
-        return self.widths[0]
-
     def scale_parameters(self) -> list[nn.Parameter]:
         """What an optimizer of scales moves."""
         return list(self.scale_parameter.values())
@@ -179,12 +204,21 @@ class PerWidthWeightQuantizer(_Quantizer):
         """
         raise UserError(f"{self.method} keeps float weights and cannot be stored as integers: it is for comparison")
 
-    def forward(self, weight: Tensor, width: int) -> Tensor:
-        """`weight` as it is at `width` bits, float, with gradients to itself and to the width's scale."""
-        scale = self._positive(self.scale_parameter[str(width)])
+    def selected(self, width: int) -> dict[str, nn.Parameter]:
+        """The scale of the width."""
+        return {"scale_parameter": self.scale_parameter[str(width)]}
+
+    def numbers(self, width: int) -> tuple[int | float, ...]:
+        """The width, or the range of codes."""
+        return signed_range(width) if self.method == "lsq" else (width,)
+
+    def quantize(self, x: Tensor, *numbers: Any, **selected: Tensor) -> Tensor:
+        """A weight at a width, rounded once."""
+        scale = self._positive(selected["scale_parameter"])
         if self.method == "lsq":
-            return learned_step(weight, scale, bounds=signed_range(width), lsq_factor=self.lsq_factor)
-        return double_round(weight, scale, high=width, low=width, lsq_factor=self.lsq_factor)
+            least, greatest = numbers
+            return learned_step(x, scale, bounds=(least, greatest), lsq_factor=self.lsq_factor)
+        return double_round(x, scale, high=numbers[0], low=numbers[0], lsq_factor=self.lsq_factor)
 
 
 def weight_quantizer(
@@ -195,7 +229,7 @@ def weight_quantizer(
     return kind(widths, shape, method=method, form=form, lsq_factor=lsq_factor)
 
 
-class ActivationQuantizer(_Quantizer):
+class ActivationQuantizer(Quantizer):
     """One learned scale (and offset) for every width (LSQ, arXiv 1902.08153; zero-point integer).
 
     Args:
@@ -221,9 +255,10 @@ class ActivationQuantizer(_Quantizer):
 
     def offset_at(self, width: int) -> Tensor | None:
         """The offset of a width, never NaN; None where there is no zero-point."""
-        if self.kind != "zero_point":
-            return None
-        return bounded(self.offset[str(width)], -GREATEST_SCALE, GREATEST_SCALE)
+        return self._held(self.offset[str(width)]) if self.kind == "zero_point" else None
+
+    def _held(self, offset: Tensor) -> Tensor:
+        return bounded(offset, -GREATEST_SCALE, GREATEST_SCALE)
 
     @torch.no_grad()
     def set_scale(self, width: int, scale: Tensor, offset: Tensor | None = None) -> None:
@@ -232,11 +267,27 @@ class ActivationQuantizer(_Quantizer):
         if offset is not None:
             self.offset[str(width)].copy_(offset)
 
-    def forward(self, x: Tensor, width: int) -> Tensor:
-        """`x` as it is at `width` bits, with gradients to itself, to the width's scale and to its offset."""
-        bounds = input_range(self.kind, width)
-        offset = self.offset_at(width)
-        return learned_step(x, self.scale(width), bounds=bounds, offset=offset, lsq_factor=self.lsq_factor)
+    def selected(self, width: int) -> dict[str, nn.Parameter]:
+        """The scale of the width, and its offset where there are zero-points."""
+        names = {"scale_parameter": self.scale_parameter, "offset": self.offset}
+        return {name: values[str(width)] for name, values in names.items() if len(values)}
+
+    def numbers(self, width: int) -> tuple[int | float, ...]:
+        """The range of codes, as floats: activations are never integers here."""
+        least, greatest = input_range(self.kind, width)
+        return float(least), float(greatest)
+
+    def quantize(self, x: Tensor, *numbers: Any, **selected: Tensor) -> Tensor:
+        """Activations at a width."""
+        least, greatest = numbers
+        offset = selected.get("offset")
+        return learned_step(
+            x,
+            self._positive(selected["scale_parameter"]),
+            bounds=(least, greatest),
+            offset=None if offset is None else self._held(offset),
+            lsq_factor=self.lsq_factor,
+        )
 
     def extra_repr(self) -> str:
         """Shown by print."""

@@ -15,9 +15,11 @@ from bitswitch.codes import narrow, signed_range
 # How codes of the highest width become codes of a lower one: "half_up" is the law of `codes.narrow`; the others are the
 # rivals that the paper compares with.
 Narrowing = Literal["half_up", "floor", "floor_symmetric"]
+# An int, or a 0-dim tensor of one: a width, or a bound of codes. As tensors, one compiled graph serves all of them.
+Integer = Any
 
 
-def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+def weight_codes(weight: Tensor, scale: Tensor, bits: Integer) -> Tensor:
     """`q_h = clip(floor(W / s_h + 1/2), -2^(h-1), 2^(h-1) - 1)`: the integers that are stored.
 
     Args:
@@ -32,12 +34,16 @@ def weight_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     return torch.floor(weight / scale + 0.5).clamp_(low, high).to(torch.int8)
 
 
-def _lsq_factor(elements: int, shared_by: int, greatest: int, enabled: bool) -> float:
+def _lsq_factor(elements: int, shared_by: int, greatest: Integer, enabled: bool) -> float | Tensor:
     """`1 / sqrt(N Qp)`, N the number of elements that share one scale; 1 where it is switched off."""
-    return (elements / shared_by * greatest) ** -0.5 if enabled and elements else 1.0
+    if not (enabled and elements):
+        return 1.0
+    return ((greatest.double() if isinstance(greatest, Tensor) else greatest) * (elements / shared_by)) ** -0.5
 
 
-def narrowed_codes(weight: Tensor, scale: Tensor, *, high: int, low: int, narrowing: Narrowing = "half_up") -> Tensor:
+def narrowed_codes(
+    weight: Tensor, scale: Tensor, *, high: Integer, low: Integer, narrowing: Narrowing = "half_up"
+) -> Tensor:
     """Codes of `low` bits, derived from those of `high` bits: int8, the shape of `weight`.
 
     "half_up": `codes.narrow`. "floor" (AdaBits): `floor(q_h / 2^D)`. "floor_symmetric" (Bit-Mixer): the same, the lowest
@@ -51,40 +57,50 @@ def narrowed_codes(weight: Tensor, scale: Tensor, *, high: int, low: int, narrow
     return (codes.clamp(min=code_range(high, narrowing)[0]) >> (high - low)).clamp(min=code_range(low, narrowing)[0])
 
 
-def code_range(bits: int, narrowing: Narrowing) -> tuple[int, int]:
+def code_range(bits: Integer, narrowing: Narrowing) -> tuple[Integer, Integer]:
     """The least and the greatest weight code of a width."""
     least, greatest = signed_range(bits)
     return (-greatest if narrowing == "floor_symmetric" else least), greatest
 
 
+def _keep(ctx: Any, *values: Any) -> None:
+    """Save tensors as autograd wants it, and the rest as it is."""
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in values))
+    ctx.plain = tuple(None if isinstance(value, Tensor) else value for value in values)
+
+
+def _kept(ctx: Any) -> tuple[Any, ...]:
+    return tuple(plain if saved is None else saved for saved, plain in zip(ctx.saved_tensors, ctx.plain, strict=True))
+
+
 class _NarrowedWeight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, high: int, low: int, narrowing: Narrowing, lsq_factor: bool
+        ctx: Any, weight: Tensor, scale: Tensor, high: Integer, low: Integer, narrowing: Narrowing, lsq_factor: bool
     ) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        ctx.high, ctx.low, ctx.narrowing, ctx.lsq_factor = high, low, narrowing, lsq_factor
+        _keep(ctx, weight, scale, high, low)
+        ctx.narrowing, ctx.lsq_factor = narrowing, lsq_factor
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         codes = narrowed_codes(wide, scale, high=high, low=low, narrowing=narrowing)
         # An integer cannot carry a NaN on to the loss; adding 0 * W does, and changes no finite result.
-        return (codes * (scale * 2 ** (high - low))).add_(wide * 0).to(weight.dtype)
+        return (codes * (scale * (1 << (high - low)))).add_(wide * 0).to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (gradient,) = gradients
-        stored, scale = ctx.saved_tensors
+        stored, scale, high, low = _kept(ctx)
         weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
-        ratio = 2 ** (ctx.high - ctx.low)
-        least, greatest = code_range(ctx.low, ctx.narrowing)
+        ratio = 1 << (high - low)
+        least, greatest = code_range(low, ctx.narrowing)
         v = weight / (scale * ratio)
         inside = (v >= least) & (v <= greatest)
         grad_weight = gradient * inside if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            q = narrowed_codes(weight, scale, high=ctx.high, low=ctx.low, narrowing=ctx.narrowing)
+            q = narrowed_codes(weight, scale, high=high, low=low, narrowing=ctx.narrowing)
             per_element = gradient * torch.where(inside, q - v, v.clamp(least, greatest))
             factor = _lsq_factor(weight.numel(), scale.numel(), greatest, ctx.lsq_factor)
-            grad_scale = per_element.sum_to_size(scale.shape) * (ratio * factor)
+            grad_scale = (per_element.sum_to_size(scale.shape) * (ratio * factor)).to(scale.dtype)
         return grad_weight, grad_scale, None, None, None, None
 
 
@@ -92,8 +108,8 @@ def double_round(
     weight: Tensor,
     scale: Tensor,
     *,
-    high: int,
-    low: int,
+    high: Integer,
+    low: Integer,
     narrowing: Narrowing = "half_up",
     lsq_factor: bool = True,
 ) -> Tensor:
@@ -117,20 +133,27 @@ def double_round(
     return _NarrowedWeight.apply(weight, scale, high, low, narrowing, lsq_factor)
 
 
-def zero_point(offset: Tensor, scale: Tensor, greatest: int) -> Tensor:
+def zero_point(offset: Tensor, scale: Tensor, greatest: Integer) -> Tensor:
     """The integer zero-point `clip(round(-z / s), 0, greatest)`, as a float tensor that holds a whole number."""
-    return torch.round(-offset / scale).clamp(0, greatest)
+    return torch.round(-offset / scale).clamp(min=0).clamp(max=greatest)
+
+
+def _summed_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """The sum over the axes that a scale's shape does not have."""
+    if torch.compiler.is_compiling() and not shape and x.dim() > 2:
+        # By channel first: a compiler makes one loop of this sum and of batch normalization's backward.
+        x = x.sum([0, *range(2, x.dim())])
+    return x.sum_to_size(shape)
 
 
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, bounds: tuple[int, int], lsq: bool
+        ctx: Any, x: Tensor, scale: Tensor, offset: Tensor | None, least: Integer, greatest: Integer, lsq: bool
     ) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        ctx.save_for_backward(x, scale, offset)
-        ctx.bounds, ctx.lsq_factor = bounds, lsq
-        least, greatest = bounds
+        _keep(ctx, x, scale, offset, least, greatest)
+        ctx.lsq_factor = lsq
         step = scale.to(wide)
         v = x.to(wide).div(step).round_()
         if offset is None:
@@ -139,32 +162,38 @@ class _LearnedStep(torch.autograd.Function):
         return v.add_(shift).clamp_(least, greatest).sub_(shift).mul_(step).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        x, scale, offset = ctx.saved_tensors
+        x, scale, offset, least, greatest = _kept(ctx)
         wide = torch.promote_types(x.dtype, torch.float32)
-        least, greatest = ctx.bounds
-        step = scale.to(wide)
-        v = x.to(wide).div(step)
+        # A product, cheaper than the quotient of the forward: a bound or a tie may fall to the other side by a rounding.
+        v = x.to(wide) * scale.to(wide).reciprocal()
         # Before the zero-point is added, as in forward: an odd one would turn ties the other way.
         nearest = v.round()
         if offset is not None:
-            shift = zero_point(offset.to(wide), step, greatest)
+            shift = zero_point(offset.to(wide), scale.to(wide), greatest)
             v, nearest = v.add_(shift), nearest.add_(shift)
-        inside = (v >= least) & (v <= greatest)
-        grad_x = gradient * inside if ctx.needs_input_grad[0] else None
+        held = v.clamp(least, greatest)
+        inside = held == v
+        grad_x = torch.where(inside, gradient, 0.0) if ctx.needs_input_grad[0] else None
         grad_scale = grad_offset = None
         if ctx.needs_input_grad[1]:
-            per_element = torch.where(inside, nearest - v, nearest.clamp(least, greatest)).mul_(gradient)
+            per_element = torch.where(inside, nearest.sub_(v), held).mul_(gradient)
             factor = _lsq_factor(x.numel(), scale.numel(), greatest, ctx.lsq_factor)
-            grad_scale = per_element.sum_to_size(scale.shape).mul_(factor).to(scale.dtype)
+            grad_scale = (_summed_to(per_element, scale.shape) * factor).to(scale.dtype)
         if offset is not None and ctx.needs_input_grad[2]:
-            grad_offset = (gradient * ~inside).to(wide).sum_to_size(offset.shape).to(offset.dtype)
-        return grad_x, grad_scale, grad_offset, None, None
+            outside = torch.where(inside, 0.0, gradient).to(wide)
+            grad_offset = outside.sum_to_size(offset.shape).to(offset.dtype)
+        return grad_x, grad_scale, grad_offset, None, None, None
 
 
 def learned_step(
-    x: Tensor, scale: Tensor, *, bounds: tuple[int, int], offset: Tensor | None = None, lsq_factor: bool = True
+    x: Tensor,
+    scale: Tensor,
+    *,
+    bounds: tuple[Integer, Integer],
+    offset: Tensor | None = None,
+    lsq_factor: bool = True,
 ) -> Tensor:
     """Activations at one width: `(clip(round(x / s) + zp, least, greatest) - zp) * s`, ties to even, `zp` an integer.
 
@@ -181,4 +210,5 @@ def learned_step(
     Returns:
         Activations of the shape and dtype of `x`. NaN stays NaN.
     """
-    return _LearnedStep.apply(x, scale, offset, bounds, lsq_factor)
+    least, greatest = bounds
+    return _LearnedStep.apply(x, scale, offset, least, greatest, lsq_factor)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bitswitch.errors import UserError
-from bitswitch.nn import ActivationQuantizer
+from bitswitch.nn import ActivationQuantizer, QuantizedLayer
+from bitswitch.nn.one_graph import OneGraph
 from bitswitch.training.distributed import World, average_gradients
 
 Precision = Literal["float32", "bfloat16"]
@@ -21,7 +22,7 @@ class Engine:
     Attributes:
         precision: "bfloat16" runs forwards under autocast; parameters, scales and quantizer arithmetic stay float32.
         channels_last: keep images and convolution weights in that memory format.
-        compile: torch.compile the network's forward.
+        compile: torch.compile the network's forward; of a quantized one, one graph for all widths and mixtures.
         micro_batches: a batch is computed in so many parts, whose gradients are averaged before a step.
         world: this process among the others.
     """
@@ -38,7 +39,7 @@ class Engine:
 
     def forward_of(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """A function from images to float32 logits (float64 for a float64 network)."""
-        call: Any = torch.compile(model) if self.compile else model
+        call: Any = _compiled(model) if self.compile else model
 
         def forward(x: Tensor) -> Tensor:
             if self.channels_last:
@@ -75,3 +76,8 @@ class Engine:
                 for parameter in module.scale_parameter.values():
                     if parameter.grad is not None:
                         parameter.grad.mul_(shares**-0.5)
+
+
+def _compiled(model: nn.Module) -> Callable[..., Any]:
+    quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
+    return OneGraph(model) if quantized else torch.compile(model)
