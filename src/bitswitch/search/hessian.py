@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from scipy import special
 from torch import nn
 
 from bitswitch.errors import UserError, nearest
@@ -25,7 +26,8 @@ class Trace:
 
     Attributes:
         mean: the estimate.
-        standard_error: of the estimate, from the spread of the probes.
+        standard_error: of the estimate, from the spread of the probes; widened where they are few, so that 1.96 of them to
+            either side hold the trace 95 times in 100.
     """
 
     mean: float
@@ -149,7 +151,8 @@ class _Tally:
         drawn: also those that do not count any more.
         probes: those that count.
         total: `probes` times their mean.
-        variance: of `total`.
+        variance: of `total`, as estimated.
+        uncertainty: half the variance of that estimate.
         alone: whether they moved no other layer.
     """
 
@@ -157,18 +160,20 @@ class _Tally:
     probes: int = 0
     total: float = 0.0
     variance: float = 0.0
+    uncertainty: float = 0.0
     alone: bool = False
 
-    def add(self, job: Job, mean: float, variance: float) -> None:
+    def add(self, job: Job, mean: float, variance: float, uncertainty: float) -> None:
         alone = len(job.layers) == 1
         if alone and not self.alone and job.kind == "weight":
             # Other layers' noise is in what came before; a mean would keep it.
-            self.probes, self.total, self.variance = 0, 0.0, 0.0
+            self.probes, self.total, self.variance, self.uncertainty = 0, 0.0, 0.0, 0.0
         self.alone = alone
         self.drawn = job.start + job.probes
         self.probes += job.probes
         self.total += job.probes * mean
         self.variance += job.probes**2 * variance
+        self.uncertainty += job.probes**4 * uncertainty
 
     def of_mean(self) -> float:
         """The variance of the mean."""
@@ -177,10 +182,26 @@ class _Tally:
 
 def _trace(name: str, parts: Iterable[_Tally]) -> Trace:
     parts = list(parts)
-    trace = Trace(sum(part.total / part.probes for part in parts), math.sqrt(sum(part.of_mean() for part in parts)))
+    error = math.sqrt(sum(part.of_mean() for part in parts))
+    trace = Trace(sum(part.total / part.probes for part in parts), error * _widening(_degrees(parts)))
     if not math.isfinite(trace.mean) or not math.isfinite(trace.standard_error):
         raise UserError(f"the trace of layer {name!r} is not finite: check the model and the data")
     return trace
+
+
+def _widening(degrees: float) -> float:
+    """By what 1.96 estimated standard errors must be multiplied to hold 95 %: Student's t."""
+    return float(special.stdtrit(degrees, 0.975) / special.ndtri(0.975)) if math.isfinite(degrees) else 1.0
+
+
+def _degrees(parts: Sequence[_Tally]) -> float:
+    """Degrees of freedom of the estimated variance of the parts' sum (Satterthwaite), at least 1."""
+    uncertainty = sum(part.uncertainty / part.probes**4 for part in parts)
+    if not uncertainty:
+        return math.inf
+    # The square of the estimated variance is too great by 2/degrees of it: so the 2 is taken off again.
+    variance = sum(part.of_mean() for part in parts)
+    return max(1.0, variance * variance / uncertainty - 2)
 
 
 def _visit(
@@ -193,7 +214,7 @@ def _visit(
 ) -> None:
     """Do the jobs on this rank's share of the batches, and add to the tallies what all ranks found."""
     keys = [(job, name) for job in jobs for name in job.layers]
-    sums, count = torch.zeros(len(keys), 2, dtype=torch.float64), 0
+    sums, count = torch.zeros(len(keys), 3, dtype=torch.float64), 0
     for index, batch in enumerate(batches):
         count += 1
         if index % ranks == rank:
@@ -204,8 +225,8 @@ def _visit(
         device = next(iter(how.layers.values())).weight.device
         sums = sums.to(device)
         dist.all_reduce(sums)
-    for (job, name), (mean, variance) in zip(keys, sums.tolist(), strict=True):
-        tallies[name][job.kind].add(job, mean / count, variance / count**2)
+    for (job, name), (mean, variance, uncertainty) in zip(keys, sums.tolist(), strict=True):
+        tallies[name][job.kind].add(job, mean / count, variance / count**2, uncertainty / count**4)
 
 
 def _next_jobs(

@@ -71,8 +71,12 @@ class Prober:
     samples: int = 1
     kinds: tuple[Kind, ...] = ("weight",)
 
-    def visit(self, batch: Any, index: int, jobs: Sequence[Job]) -> list[dict[str, tuple[float, float]]]:
-        """For each job and layer, the mean of the probes on this batch, the index-th, and the variance of that mean."""
+    def visit(self, batch: Any, index: int, jobs: Sequence[Job]) -> list[dict[str, tuple[float, float, float]]]:
+        """For each job and layer, what the probes on this batch, the index-th, found.
+
+        That is their mean, its variance as estimated from their spread, and the variance of that estimate, halved (of a
+        normal distribution): by it the degrees of freedom are known.
+        """
         run = self._run(batch)
         kinds = {job.kind for job in jobs}
         roots = self._roots(run) if "output" in kinds else []
@@ -86,8 +90,7 @@ class Prober:
                     probes.append(self._output_probe(run, roots, job.layers, signs))
                 else:
                     probes.append(self._weight_probe(run, gradients, job.layers, signs))
-            values = {name: torch.stack([probe[name] for probe in probes]) for name in job.layers}
-            found.append({n: (v.mean(0).sum().item(), v.var(0).sum().item() / job.probes) for n, v in values.items()})
+            found.append({name: _summary(torch.stack([probe[name] for probe in probes])) for name in job.layers})
         return found
 
     def with_samples(self, batch: Any) -> "Prober":
@@ -330,6 +333,14 @@ def _reached(ends: Sequence[Tensor], tensors: Mapping[str, Sequence[Tensor]]) ->
         return set()
     gradients = torch.autograd.grad(sums, [tensor for _, tensor in flat], retain_graph=True, allow_unused=True)
     return {name for (name, _), gradient in zip(flat, gradients, strict=True) if gradient is not None}
+
+
+def _summary(values: Tensor) -> tuple[float, float, float]:
+    """Of probes x samples: the mean over probes, summed over samples; its variance; that estimate's own, halved."""
+    probes = len(values)
+    variances = values.var(0) / probes
+    # Of n normal values, s^2 has the variance 2/(n - 1) times the square of theirs, and E[s^4] is (n + 1)/(n - 1) times it.
+    return values.mean(0).sum().item(), variances.sum().item(), variances.square().sum().item() / (probes + 1)
 
 
 def _masked(x: Tensor, mask: Tensor) -> Tensor:
