@@ -16,32 +16,16 @@ import torch
 import bitswitch as bs
 from bitswitch import cli
 from bitswitch.artifact import read_header
+from bitswitch.cli.console import stdout_kept_clean
 from bitswitch.data import load_data
 from bitswitch.nn import TransitionalBatchNorm, plan_of
 from bitswitch.runtime import Session
+from commands import call, one_line
 
 SHORT = [
     *("pretrain.epochs=3", "train.epochs=2", "supernet.epochs=2"),
     *("sensitivity.images=64", "search.points=6"),
 ]
-
-
-def call(capsys, *words):
-    """(exit status, stdout, stderr) of a command, in this process."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return stop.value.code, out, err
-
-
-def one_line(result, *words):
-    status, out, err = result
-    assert status == 2 and out == "", (status, out, err)
-    *notes, last = err.splitlines()
-    assert last.startswith("bitswitch: ") and all("skipped" in note for note in notes), err
-    for word in words:
-        assert word in last, err
 
 
 @pytest.fixture(autouse=True)
@@ -364,7 +348,7 @@ def test_a_recipe_that_has_not_run_cannot_be_exported(capsys, tmp_path):
 
 
 def test_what_a_library_prints_is_not_on_stdout(capfd):
-    with cli._stdout_kept_clean():
+    with stdout_kept_clean():
         ctypes.CDLL(None).printf(b"noise of a solver\n")
     print("document", flush=True)
     out, err = capfd.readouterr()
