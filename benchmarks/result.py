@@ -26,7 +26,7 @@ def write(
     rows: Sequence[Sequence[Any]],
     data: str = "random",
     split: str = "none",
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int | str] = (0,),
     note: str | None = None,
     **more: Any,
 ) -> None:
