@@ -37,7 +37,8 @@ from torchvision.datasets import ImageFolder
 import bitswitch as bs
 import result
 from bitswitch.models import build, load_weights
-from bitswitch.search.probes import LossFunction, _Signs, prober
+from bitswitch.search.passes import LossFunction
+from bitswitch.search.probes import Signs, prober
 
 warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
 with contextlib.redirect_stdout(io.StringIO()):
@@ -215,7 +216,7 @@ def in_pairs(model: nn.Module, loss: LossFunction, batch: Batch, options: argpar
     found = rival(model, [batch])
     pairs = []
     for number in range(options.pairs + 1):
-        signs = _Signs(number)
+        signs = Signs(number)
         pairs.append((seconds(functools.partial(probed, found, 1))[0], seconds(functools.partial(probe, signs))[0]))
     pairs = pairs[1:]  # the first warms up
     model.zero_grad(set_to_none=True)

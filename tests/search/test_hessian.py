@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import bitswitch as bs
 from bitswitch.errors import UserError
-from bitswitch.search import hessian, probes
-from bitswitch.search.hessian import Trace, hessian_trace, worst_error
+from bitswitch.search import probes
+from bitswitch.search.hessian import hessian_trace
+from bitswitch.search.traces import Tally, Trace, degrees, trace_of, worst_error
 
 SCRIPT = str(Path(__file__).with_name("hessian_ranks.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -264,15 +265,15 @@ def test_standard_errors_are_honest_where_a_target_stops_it():
 
 def test_few_probes_widen_the_standard_error():
     """By Student's t: 12.706 in place of 1.96 at one degree of freedom."""
-    job, one, many = probes.Job("weight", ("a",), 0, 2), hessian._Tally(), hessian._Tally()
-    one.add(job, *probes._summary(torch.tensor([[1.0, 10.0], [3.0, 10.0]]).double()))
-    assert hessian._trace("a", [one]) == Trace(12.0, pytest.approx(12.7062 / 1.95996, rel=1e-4))
-    assert hessian._trace("a", [one, hessian._Tally(probes=1)]) == hessian._trace("a", [one])
+    job, one, many = probes.Job("weight", ("a",), 0, 2), Tally(), Tally()
+    one.add(job, *probes.summary(torch.tensor([[1.0, 10.0], [3.0, 10.0]]).double()))
+    assert trace_of("a", [one]) == Trace(12.0, pytest.approx(12.7062 / 1.95996, rel=1e-4))
+    assert trace_of("a", [one, Tally(probes=1)]) == trace_of("a", [one])
     generator = torch.Generator().manual_seed(0)
-    many.add(job, *probes._summary(torch.randn(2, 2000, generator=generator).double()))
-    assert 1600 < hessian._degrees([many]) < 2400
-    many.add(job, *probes._summary(torch.randn(2, 2000, generator=generator).double()))
-    assert 3200 < hessian._degrees([many]) < 4800
+    many.add(job, *probes.summary(torch.randn(2, 2000, generator=generator).double()))
+    assert 1600 < degrees([many]) < 2400
+    many.add(job, *probes.summary(torch.randn(2, 2000, generator=generator).double()))
+    assert 3200 < degrees([many]) < 4800
 
 
 def test_piecewise_linear_networks_take_few_probes():
@@ -324,7 +325,7 @@ def test_a_target_or_a_budget_stops_it():
 def test_the_noise_of_other_layers_is_left_behind():
     """A layer that goes on alone does so with new probes, and without those that held other layers' noise."""
     tally, together, alone = (
-        hessian._Tally(),
+        Tally(),
         probes.Job("weight", ("a", "b"), 0, 5),
         probes.Job("weight", ("a",), 5, 4),
     )

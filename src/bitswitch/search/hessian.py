@@ -3,35 +3,21 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from scipy import special
 from torch import nn
 
 from bitswitch.errors import UserError, nearest
 from bitswitch.nn import QuantizedLayer, evaluating
-from bitswitch.search.probes import TRACED, Job, Kind, Layer, LossFunction, Prober, prober
+from bitswitch.search.passes import TRACED, Layer, LossFunction
+from bitswitch.search.probes import Job, Kind, Prober, prober
+from bitswitch.search.traces import Tally, Trace, errors, trace_of, worst_error
 
 # A standard error from fewer values than this may be small by luck, and stop the search.
 _VALUES = 20
-
-
-@dataclass(frozen=True)
-class Trace:
-    """An estimate of the trace of one layer's block of the Hessian.
-
-    Attributes:
-        mean: the estimate.
-        standard_error: of the estimate, from the spread of the probes; widened where they are few, so that 1.96 of them to
-            either side hold the trace 95 times in 100.
-    """
-
-    mean: float
-    standard_error: float
 
 
 def hessian_trace(
@@ -85,7 +71,7 @@ def hessian_trace(
         if first is None:
             raise UserError("there are no batches to take the trace over")
         how = prober(model, loss_fn, first, traced, seed, named=layers is not None)
-        tallies = {name: {kind: _Tally() for kind in how.kinds} for name in how.layers}
+        tallies = {name: {kind: Tally() for kind in how.kinds} for name in how.layers}
         fewest = min(max(2, 1 + math.ceil(_VALUES / how.samples)), probes)
         count = fewest if target is not None else probes
         jobs = [Job(kind, tuple(how.layers), 0, count) for kind in how.kinds]
@@ -93,7 +79,7 @@ def hessian_trace(
         del first
         while True:
             _visit(how, visited, jobs, tallies, rank, ranks)
-            traces = {name: _trace(name, parts.values()) for name, parts in tallies.items()}
+            traces = {name: trace_of(name, parts.values()) for name, parts in tallies.items()}
             if progress is not None:
                 most = max(tally.probes for parts in tallies.values() for tally in parts.values())
                 progress(most, worst_error(traces))
@@ -101,21 +87,6 @@ def hessian_trace(
             if not jobs:
                 return traces
             visited = batches
-
-
-def worst_error(traces: Mapping[str, Trace]) -> float:
-    """The greatest of the layers' standard errors, each as a share of its trace.
-
-    Of 1 % of the summed absolute traces where a trace is smaller: such a layer matters little, but whether it is such a layer
-    must be known.
-    """
-    return max(_errors(traces).values())
-
-
-def _errors(traces: Mapping[str, Trace]) -> dict[str, float]:
-    least = 0.01 * sum(abs(trace.mean) for trace in traces.values())
-    scales = {name: max(abs(trace.mean), least) for name, trace in traces.items()}
-    return {name: t.standard_error / scales[name] if t.standard_error else 0.0 for name, t in traces.items()}
 
 
 def _layers(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Layer]:
@@ -143,72 +114,11 @@ def _differentiable(layers: Mapping[str, Layer]) -> Iterator[None]:
             weight.requires_grad_(required)
 
 
-@dataclass
-class _Tally:
-    """The probes of one kind that a layer has had.
-
-    Attributes:
-        drawn: also those that do not count any more.
-        probes: those that count.
-        total: `probes` times their mean.
-        variance: of `total`, as estimated.
-        uncertainty: half the variance of that estimate.
-        alone: whether they moved no other layer.
-    """
-
-    drawn: int = 0
-    probes: int = 0
-    total: float = 0.0
-    variance: float = 0.0
-    uncertainty: float = 0.0
-    alone: bool = False
-
-    def add(self, job: Job, mean: float, variance: float, uncertainty: float) -> None:
-        alone = len(job.layers) == 1
-        if alone and not self.alone and job.kind == "weight":
-            # Other layers' noise is in what came before; a mean would keep it.
-            self.probes, self.total, self.variance, self.uncertainty = 0, 0.0, 0.0, 0.0
-        self.alone = alone
-        self.drawn = job.start + job.probes
-        self.probes += job.probes
-        self.total += job.probes * mean
-        self.variance += job.probes**2 * variance
-        self.uncertainty += job.probes**4 * uncertainty
-
-    def of_mean(self) -> float:
-        """The variance of the mean."""
-        return self.variance / self.probes**2
-
-
-def _trace(name: str, parts: Iterable[_Tally]) -> Trace:
-    parts = list(parts)
-    error = math.sqrt(sum(part.of_mean() for part in parts))
-    trace = Trace(sum(part.total / part.probes for part in parts), error * _widening(_degrees(parts)))
-    if not math.isfinite(trace.mean) or not math.isfinite(trace.standard_error):
-        raise UserError(f"the trace of layer {name!r} is not finite: check the model and the data")
-    return trace
-
-
-def _widening(degrees: float) -> float:
-    """By what 1.96 estimated standard errors must be multiplied to hold 95 %: Student's t."""
-    return float(special.stdtrit(degrees, 0.975) / special.ndtri(0.975)) if math.isfinite(degrees) else 1.0
-
-
-def _degrees(parts: Sequence[_Tally]) -> float:
-    """Degrees of freedom of the estimated variance of the parts' sum (Satterthwaite), at least 1."""
-    uncertainty = sum(part.uncertainty / part.probes**4 for part in parts)
-    if not uncertainty:
-        return math.inf
-    # The square of the estimated variance is too great by 2/degrees of it: so the 2 is taken off again.
-    variance = sum(part.of_mean() for part in parts)
-    return max(1.0, variance * variance / uncertainty - 2)
-
-
 def _visit(
     how: Prober,
     batches: Iterable[Any],
     jobs: Sequence[Job],
-    tallies: Mapping[str, Mapping[Kind, _Tally]],
+    tallies: Mapping[str, Mapping[Kind, Tally]],
     rank: int,
     ranks: int,
 ) -> None:
@@ -230,7 +140,7 @@ def _visit(
 
 
 def _next_jobs(
-    tallies: Mapping[str, Mapping[Kind, _Tally]],
+    tallies: Mapping[str, Mapping[Kind, Tally]],
     traces: Mapping[str, Trace],
     target: float,
     fewest: int,
@@ -238,7 +148,7 @@ def _next_jobs(
 ) -> list[Job]:
     """What should bring the layers above the target there: more of the probes whose noise is the larger in each."""
     outputs, jobs = 0, []
-    for name, error in _errors(traces).items():
+    for name, error in errors(traces).items():
         if error <= target:
             continue
         kind = max(tallies[name], key=lambda kind: tallies[name][kind].of_mean())

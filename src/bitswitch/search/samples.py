@@ -1,0 +1,65 @@
+"""The samples of a batch: how many there are, whether they depend on each other, and what a layer does to each."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitswitch.search.passes import Layer
+
+# Elements of one layer's per-sample gradients that are held at a time.
+_CHUNK = 2**24
+# Fewer random halves of a batch than this, over its samples, might not tell two that depend on each other apart.
+_HALVES = 20
+
+
+def rows(tensors: Iterable[Tensor]) -> int:
+    """What the first dimensions are multiples of: the samples of a batch."""
+    return math.gcd(*(len(tensor) for tensor in tensors)) or 1
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """Zero outside the samples of the mask."""
+    return (x.reshape(len(mask), -1) * mask.to(x).unsqueeze(1)).view_as(x)
+
+
+def separate(count: int, pushed: Callable[[Tensor], Iterable[Tensor]]) -> bool:
+    """Whether moving one half of the samples leaves the derivatives in the other half as they are, for random halves."""
+    for attempt in range(math.ceil(_HALVES / count) if count > 1 else 0):
+        generator = torch.Generator().manual_seed(attempt)
+        mask = torch.randperm(count, generator=generator) < count // 2
+        for found in pushed(mask):
+            if found.reshape(count, -1)[~mask.to(found.device)].any():
+                return False
+    return True
+
+
+def squares(layer: Layer, inputs: Tensor, gradients: Tensor, count: int) -> Tensor:
+    """Of every sample, the squared norm of the derivative in the layer's weight, from that in the layer's outputs."""
+    weight = layer.weight.detach().to(inputs.dtype)
+
+    def square(x: Tensor, gradient: Tensor) -> Tensor:
+        derivative = torch.func.vjp(lambda weight: apply(layer, x, weight), weight)[1]
+        return derivative(gradient)[0].square().sum()
+
+    each = for_samples(square, weight)
+    return each(inputs.unflatten(0, (count, -1)), gradients.unflatten(0, (count, -1))).double()
+
+
+def for_samples(function: Callable[..., Tensor], weight: Tensor) -> Callable[..., Tensor]:
+    """The function of one sample on many, as many at a time as may each hold a tensor of the weight's size."""
+    return torch.func.vmap(function, chunk_size=max(1, _CHUNK // weight.numel()))
+
+
+def apply(layer: Layer, inputs: Tensor, weight: Tensor) -> Tensor:
+    """The layer with another weight and no bias."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(inputs, weight)
+    return layer._conv_forward(inputs, weight, None)
+
+
+def batched(layer: Layer, inputs: Tensor) -> bool:
+    """Whether the inputs have a dimension of samples."""
+    return inputs.dim() >= 2 if isinstance(layer, nn.Linear) else inputs.dim() == layer.weight.dim()
