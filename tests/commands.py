@@ -1,8 +1,18 @@
 """Commands in this process, for the tests of several rooms."""
 
+from pathlib import Path
+
 import pytest
 
 from bitswitch import cli
+
+
+def run_digits(out: Path, *words: str) -> Path:
+    """A finished run of digits, in a folder."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "digits", *words, "--out", str(out), "--json", "--device", "cpu"])
+    assert stop.value.code == 0
+    return out
 
 
 def call(capsys, *words):

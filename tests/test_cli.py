@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import bitswitch as bs
-from bitswitch import artifact, cli
+from bitswitch import artifact
 from bitswitch.data import load_data
-from commands import call, one_line
+from commands import call, one_line, run_digits
 
 SHORT = ["pretrain.epochs=2", "train.epochs=1", "supernet=null"]
 
@@ -20,11 +20,7 @@ SHORT = ["pretrain.epochs=2", "train.epochs=1", "supernet=null"]
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A short finished run; tests that change files take a copy."""
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["run", "digits", *SHORT, "--out", str(out), "--json", "--device", "cpu"])
-    assert stop.value.code == 0
-    return out
+    return run_digits(tmp_path_factory.mktemp("runs") / "digits", *SHORT)
 
 
 @pytest.fixture

@@ -5,24 +5,35 @@ from typing import Annotated
 
 import typer
 
-from bitswitch import artifact, evaluation, files, pipeline
+from bitswitch import artifact, evaluation, pipeline
 from bitswitch.cli.console import emit, output
 from bitswitch.cli.tables import score_table, show_bench, show_exported, show_file
-from bitswitch.cli.words import Device, File, Json, Overrides, Report, Seed, ranks, widths_of
-from bitswitch.config import load_recipe
+from bitswitch.cli.words import (
+    Bits,
+    DataName,
+    Device,
+    File,
+    Json,
+    Mixture,
+    Network,
+    Overrides,
+    Report,
+    Seed,
+    ranks,
+    widths_of,
+)
+from bitswitch.config import load_recipe, recipe_names
 from bitswitch.errors import UserError, require
 from bitswitch.rundir import RunDirectory
 
 
 def evaluate(
     file: File,
-    bits: Annotated[str | None, typer.Option(help="Widths, such as 8,6,4,2; all where not given.")] = None,
-    assignment: Annotated[
-        str | None, typer.Option(help="frontier.json, frontier.json#3, a JSON file {layer: bits}, or avg<=4.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="A data name or an image folder; its own where not given.")] = None,
+    bits: Bits = None,
+    assignment: Mixture = None,
+    data: DataName = None,
     split: Annotated[str, typer.Option(help="test or val.")] = "test",
-    model: Annotated[str | None, typer.Option(help="The network where the file does not name it.")] = None,
+    model: Network = None,
     recalibrate: Annotated[int, typer.Option(help="Estimate BatchNorm anew from so many training images.", min=0)] = 0,
     confusion: Annotated[
         bool, typer.Option("--confusion", help="Add confusion matrices to the JSON document.")
@@ -50,9 +61,8 @@ def evaluate(
         )
     if not world.first:
         return
-    if out is not None:
-        files.write_json(out / "evaluate.json", document)
-    emit(document, json_, lambda: output.print(score_table(f"{file}, on {split}", document["results"])))
+    title = f"{file}, on {split}"
+    emit(document, json_, lambda: output.print(score_table(title, document["results"])), out and out / "evaluate.json")
 
 
 def inspect(
@@ -93,22 +103,18 @@ def inspect(
         from bitswitch.runtime import graph_report
 
         document["graph"] = {str(width): graph_report(file, width) for width in header.widths}
-    if out is not None:
-        files.write_json(out / "inspect.json", document)
-    emit(document, json_, lambda: show_file(document))
+    emit(document, json_, lambda: show_file(document), out and out / "inspect.json")
 
 
 def export(
     file: Annotated[str, typer.Argument(help="An artifact, or a recipe whose run is done.")],
     overrides: Overrides = None,
-    bits: Annotated[str | None, typer.Option(help="Widths, such as 8,4; all where not given.")] = None,
-    assignment: Annotated[
-        str | None, typer.Option(help="frontier.json, frontier.json#3, a JSON file {layer: bits}, or avg<=4.")
-    ] = None,
+    bits: Bits = None,
+    assignment: Mixture = None,
     weights: Annotated[str, typer.Option(help="int8, or int4 or int2 for the layers that fit.")] = "int8",
     exact: Annotated[bool, typer.Option("--exact", help="Branches that are added keep 32 bits, not 8.")] = False,
-    data: Annotated[str | None, typer.Option(help="A data name or an image folder; its own where not given.")] = None,
-    model: Annotated[str | None, typer.Option(help="The network where the file does not name it.")] = None,
+    data: DataName = None,
+    model: Network = None,
     json_: Json = False,
     device: Device = "auto",
     seed: Seed = None,
@@ -121,6 +127,8 @@ def export(
 
     path, images = Path(file), None
     if not path.is_file():
+        if path.suffix not in (".yaml", ".yml") and file not in recipe_names():
+            raise UserError(f"there is no file {file}, and no recipe of that name (bitswitch recipes lists them)")
         recipe = load_recipe(file, overrides or [], seed=seed)
         directory = RunDirectory(out or Path("runs") / path.stem)
         path = directory.supernet if directory.supernet.is_file() else directory.artifact
@@ -145,7 +153,7 @@ def export(
 
 def bench(
     file: File,
-    model: Annotated[str | None, typer.Option(help="The network where the file does not name it.")] = None,
+    model: Network = None,
     rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 10,
     json_: Json = False,
     device: Device = "auto",
@@ -156,6 +164,4 @@ def bench(
     from bitswitch.bench import bench as measure
 
     document = measure(file, network=model, rounds=rounds)
-    if out is not None:
-        files.write_json(out / "bench.json", document)
-    emit(document, json_, lambda: show_bench(document))
+    emit(document, json_, lambda: show_bench(document), out and out / "bench.json")

@@ -6,10 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bitswitch import files
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 output = Console(soft_wrap=True, highlight=False)
@@ -36,8 +39,10 @@ class TerminalReporter:
             yield lambda text: bar.update(task, advance=1, text=text)
 
 
-def emit(document: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    """A document as the only thing on stdout, or shown to a reader."""
+def emit(document: dict[str, Any], as_json: bool, show: Callable[[], None], file: Path | None = None) -> None:
+    """A document as the only thing on stdout, or shown to a reader; and into a file where one is named."""
+    if file is not None:
+        files.write_json(file, document)
     if as_json:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
     else:

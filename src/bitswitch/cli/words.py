@@ -16,6 +16,15 @@ from bitswitch.training import distributed
 RecipeName = Annotated[str, typer.Argument(help="A built-in recipe, or the path of a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ..., the values as YAML.")]
 File = Annotated[Path, typer.Argument(help="An artifact; evaluate takes checkpoints, too.")]
+Bits = Annotated[str | None, typer.Option(help="Widths, such as 8,6,4,2; all where not given.")]
+Mixture = Annotated[
+    str | None,
+    typer.Option("--assignment", help="frontier.json, frontier.json#3, a JSON file {layer: bits}, or avg<=4."),
+]
+DataName = Annotated[
+    str | None, typer.Option("--data", help="A data name or an image folder; its own where not given.")
+]
+Network = Annotated[str | None, typer.Option("--model", help="The network where the file does not name it.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; auto takes CUDA where there is one.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="In place of the recipe's.")]
