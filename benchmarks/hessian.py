@@ -124,7 +124,8 @@ def one_layer(
     while len(values) < wanted:
         took, more = seconds(functools.partial(probed, found, wanted - len(values)))
         elapsed, values = elapsed + took, values + more
-        needed = max(fewest, math.ceil((statistics.stdev(values) / (TARGET * abs(trace))) ** 2))
+        # A real run would not know that it went too far.
+        needed = max(len(values), math.ceil((statistics.stdev(values) / (TARGET * abs(trace))) ** 2))
         wanted = min(needed, most)
     for parameter in model.parameters():
         parameter.requires_grad_(True)

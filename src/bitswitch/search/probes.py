@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bitswitch.errors import UserError
 from bitswitch.search.passes import TRACED, Layer, LossFunction, Pass, Values, forward, products, reached
-from bitswitch.search.samples import apply, batched, for_samples, masked, rows, separate, squares
+from bitswitch.search.samples import apply, batched, each, masked, rows, separate, squares
 
 Kind = Literal["output", "weight"]
 
@@ -202,7 +202,7 @@ class Prober:
         inputs = run.inputs(name).unflatten(0, (count, -1))
         step = signs.draw(layer.weight.shape, inputs)
         columns = signs.draw([count, 1, *step.shape[1:]], inputs)
-        moved = for_samples(lambda x, flips: apply(layer, x, step * flips), step)(inputs, columns)
+        moved = each(lambda x, flips: apply(layer, x, step * flips), inputs, columns)
         channel = moved.dim() - 1 if isinstance(layer, nn.Linear) else 2
         rows = [count if i == 0 else len(step) if i == channel else 1 for i in range(moved.dim())]
         return (moved * signs.draw(rows, inputs)).flatten(0, 1)

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from bitswitch.search.passes import Layer
 
-# Elements of one layer's per-sample gradients that are held at a time.
-_CHUNK = 2**24
 # Fewer random halves of a batch than this, over its samples, might not tell two that depend on each other apart.
 _HALVES = 20
 
@@ -36,21 +35,30 @@ def separate(count: int, pushed: Callable[[Tensor], Iterable[Tensor]]) -> bool:
     return True
 
 
+def each(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The function of one sample, of all: one after the other, which beats the grouped convolutions that vmap makes of them."""
+    return torch.stack([function(*of_sample) for of_sample in zip(*tensors, strict=True)])
+
+
 def squares(layer: Layer, inputs: Tensor, gradients: Tensor, count: int) -> Tensor:
     """Of every sample, the squared norm of the derivative in the layer's weight, from that in the layer's outputs."""
-    weight = layer.weight.detach().to(inputs.dtype)
 
     def square(x: Tensor, gradient: Tensor) -> Tensor:
-        derivative = torch.func.vjp(lambda weight: apply(layer, x, weight), weight)[1]
-        return derivative(gradient)[0].square().sum()
+        derivative = _weight_gradient(layer, x, gradient).flatten()
+        return derivative.dot(derivative)
 
-    each = for_samples(square, weight)
-    return each(inputs.unflatten(0, (count, -1)), gradients.unflatten(0, (count, -1))).double()
+    return each(square, inputs.unflatten(0, (count, -1)), gradients.unflatten(0, (count, -1))).double()
 
 
-def for_samples(function: Callable[..., Tensor], weight: Tensor) -> Callable[..., Tensor]:
-    """The function of one sample on many, as many at a time as may each hold a tensor of the weight's size."""
-    return torch.func.vmap(function, chunk_size=max(1, _CHUNK // weight.numel()))
+def _weight_gradient(layer: Layer, inputs: Tensor, gradients: Tensor) -> Tensor:
+    """The derivative in the layer's weight, from that in its outputs."""
+    if isinstance(layer, nn.Linear):
+        return gradients.flatten(0, -2).T @ inputs.flatten(0, -2)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+    of_weight = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
+    shape = layer.weight.shape
+    return of_weight(padded, shape, gradients, layer.stride, 0, layer.dilation, layer.groups)
 
 
 def apply(layer: Layer, inputs: Tensor, weight: Tensor) -> Tensor:
