@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bitswitch.machine import machine, source_commit
+import result
 
 VARIANTS = {
     "log relative eta=1": ["train.scale_form=log"],
@@ -58,11 +58,11 @@ def main() -> None:
             bitswitch("train", "digits", *VARIANTS[name], "--seed", str(seed), "--out", str(run))
             found[name].append(last_val(run))
             shutil.rmtree(run)
-    options.out.write_text(json.dumps(result(found, options.seeds), indent=1) + "\n")
+    write(options.out, found, options.seeds)
 
 
-def result(found: dict[str, list[dict[str, dict[str, float]]]], seeds: int) -> dict[str, object]:
-    """A result file: for each variant, means over seeds, and what each seed gave."""
+def write(out: Path, found: dict[str, list[dict[str, dict[str, float]]]], seeds: int) -> None:
+    """For each variant, means over seeds, and what each seed gave."""
     widths = list(next(iter(found.values()))[0])
     rows = []
     for name, runs in found.items():
@@ -70,18 +70,16 @@ def result(found: dict[str, list[dict[str, dict[str, float]]]], seeds: int) -> d
         losses = [run[width]["loss"] for run in runs for width in widths]
         rows.append([name, *accuracies, f"{statistics.mean(losses):.4f}"])
         print(rows[-1])
-    return {
-        "title": "Digits: defaults of joint training, top-1 % on 144 val images, mean over seeds",
-        "command": "python benchmarks/defaults.py results/digits-defaults.json",
-        "data": "digits (scikit-learn)",
-        "split": "val",
-        "seeds": list(range(seeds)),
-        "commit": source_commit(),
-        "machine": machine(),
-        "columns": ["scales, ALRS", *(f"{width} bits" for width in widths), "mean loss"],
-        "rows": rows,
-        "measured": found,
-    }
+    result.write(
+        out,
+        title="Digits: defaults of joint training, top-1 % on 144 val images, mean over seeds",
+        data="digits (scikit-learn)",
+        split="val",
+        seeds=range(seeds),
+        columns=["scales, ALRS", *(f"{width} bits" for width in widths), "mean loss"],
+        rows=rows,
+        measured=found,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bitswitch.machine import machine, source_commit
+import result
 
 
 def scores(seed: int, out: Path) -> dict[str, float]:
@@ -43,18 +43,15 @@ def main() -> None:
     means = {name: statistics.mean(score[name] for score in found) for name in names}
     rows.append(["mean", *means.values()])
     rows.append(["mean below float", *(means["float"] - mean for mean in means.values())])
-    result = {
-        "title": "Digits: top-1 % on 360 test images, one network for all widths",
-        "command": "python benchmarks/digits.py results/digits.json",
-        "data": "digits (scikit-learn)",
-        "split": "test",
-        "seeds": list(range(options.seeds)),
-        "commit": source_commit(),
-        "machine": machine(),
-        "columns": ["", *names],
-        "rows": rows,
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    result.write(
+        options.out,
+        title="Digits: top-1 % on 360 test images, one network for all widths",
+        data="digits (scikit-learn)",
+        split="test",
+        seeds=range(options.seeds),
+        columns=["", *names],
+        rows=rows,
+    )
     print(json.dumps(rows, indent=1))
 
 

@@ -6,10 +6,10 @@
 
 Wanted: a standard error of at most 10 % for every layer that holds at least 1 % of the summed absolute traces; ours also wants
 the other layers known to 0.1 % of that sum. PyHessian (PyPI) gets one layer at a time, by leaving only that weight's
-requires_grad on: its probes are then smaller and hold no other layer's noise. From `--probes` timed probes a layer come the
-time of one and their spread; what more it needs is EXTRAPOLATED: (spread / (10 % of the trace))^2 probes, at least 7. Both
-get the same images, batches and threads; with `--every n` PyHessian gets every n-th layer alone, and the ratio is a lower
-bound. Ours is timed again and again between PyHessian's layers, and its median counts.
+requires_grad on: its probes are then smaller and hold no other layer's noise. It needs (spread / (10 % of the trace))^2
+probes, at least 7; these are made, up to `--probes` a layer, and where more are needed the rest is EXTRAPOLATED from the time
+of one. Both get the same images, batches and threads; with `--every n` PyHessian gets every n-th layer alone, and the ratio is
+a lower bound. Ours is timed again and again between PyHessian's layers, and its median counts.
 
 One probe of ours (all layers at once) is also timed against one of PyHessian's (the whole model), in pairs (A B A B ...), each
 on a graph that is there already; "weights" are ours where outputs and loss cannot be told apart, as in any other loss.
@@ -19,9 +19,7 @@ import argparse
 import contextlib
 import functools
 import io
-import json
 import math
-import shlex
 import statistics
 import sys
 import time
@@ -37,9 +35,10 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import bitswitch as bs
-from bitswitch.machine import machine, source_commit
+import result
 from bitswitch.models import build, load_weights
-from bitswitch.search.probes import LossFunction, _Signs, prober
+from bitswitch.search.passes import LossFunction
+from bitswitch.search.probes import Signs, prober
 
 warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
 with contextlib.redirect_stdout(io.StringIO()):
@@ -114,16 +113,32 @@ def probed(found: Any, probes: int) -> list[float]:
     return found.trace(maxIter=probes, tol=-math.inf)
 
 
-def one_layer(model: nn.Module, batches: list[Batch], weight: nn.Parameter, probes: int) -> dict[str, Any]:
-    """PyHessian's times and probes for one weight."""
+def one_layer(
+    model: nn.Module, batches: list[Batch], weight: nn.Parameter, trace: float, fewest: int, most: int
+) -> dict[str, Any]:
+    """PyHessian's times and probes for one weight: as many as it needs, or `most`."""
     for parameter in model.parameters():
         parameter.requires_grad_(parameter is weight)
     setup, found = seconds(lambda: rival(model, batches))
-    elapsed, values = seconds(lambda: probed(found, probes))
+    elapsed, values, wanted = 0.0, [], min(fewest, most)
+    while len(values) < wanted:
+        took, more = seconds(functools.partial(probed, found, wanted - len(values)))
+        elapsed, values = elapsed + took, values + more
+        # A real run would not know that it went too far.
+        needed = max(len(values), math.ceil((statistics.stdev(values) / (TARGET * abs(trace))) ** 2))
+        wanted = min(needed, most)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
         parameter.grad = None
-    return {"setup_s": setup, "probe_s": elapsed / probes, "values": values}
+    probe = elapsed / len(values)
+    return {
+        "setup_s": setup,
+        "probe_s": probe,
+        "values": values,
+        "probes_needed": needed,
+        "seconds_measured": setup + elapsed,
+        "seconds_needed": setup + needed * probe,
+    }
 
 
 def to_target(model: nn.Module, batches: list[Batch], options: argparse.Namespace) -> dict[str, Any]:
@@ -154,27 +169,20 @@ def to_target(model: nn.Module, batches: list[Batch], options: argparse.Namespac
     for number, (name, weight) in enumerate(weights.items()):
         if number % every == 0:
             run_ours()
-        layers[name] = one_layer(model, batches, weight, options.probes)
-        print(f"  {name}: PyHessian {layers[name]['probe_s']:.3f} s a probe", file=sys.stderr)
+        trace = traces[name]
+        layers[name] = one_layer(model, batches, weight, trace.mean, options.fewest, options.probes)
+        layers[name] |= {"trace": trace.mean, "standard_error": trace.standard_error}
+        timed, needed = len(layers[name]["values"]), layers[name]["probes_needed"]
+        print(f"  {name}: PyHessian {layers[name]['probe_s']:.3f} s a probe, {timed} of {needed}", file=sys.stderr)
     if options.opaque:
         opaque.append(
             seconds(lambda: bs.hessian_trace(model, opaque_loss_fn, batches, target=TARGET, seed=options.seed))[0]
         )
     total = sum(abs(trace.mean) for trace in traces.values())
-    for name, layer in layers.items():
-        trace = traces[name]
-        layer |= {"trace": trace.mean, "standard_error": trace.standard_error}
-        layer["heavy"] = abs(trace.mean) >= HEAVY * total
-        layer["relative_spread"] = statistics.stdev(layer["values"]) / abs(trace.mean)
-        layer["probes_needed"] = max(FEWEST, math.ceil((layer["relative_spread"] / TARGET) ** 2))
-        layer["seconds_needed"] = layer["setup_s"] + layer["probes_needed"] * layer["probe_s"]
+    for layer in layers.values():
+        layer["heavy"] = abs(layer["trace"]) >= HEAVY * total
     heavy = [layer for layer in layers.values() if layer["heavy"]]
     theirs = sum(layer["seconds_needed"] for layer in heavy)
-    unfloored = sum(
-        layer["setup_s"] + max(2, math.ceil((layer["relative_spread"] / TARGET) ** 2)) * layer["probe_s"]
-        for layer in heavy
-    )
-    measured = sum(layer["setup_s"] + options.probes * layer["probe_s"] for layer in heavy)
     return {
         "heavy_layers": sum(abs(trace.mean) >= HEAVY * total for trace in traces.values()),
         "pyhessian_layers": len(heavy),
@@ -182,8 +190,8 @@ def to_target(model: nn.Module, batches: list[Batch], options: argparse.Namespac
         "rounds": rounds,
         "opaque_s": opaque,
         "pyhessian_s": theirs,
-        "pyhessian_s_measured": measured,
-        "pyhessian_s_if_two_probes_may_do": unfloored,
+        "pyhessian_s_measured": sum(layer["seconds_measured"] for layer in heavy),
+        "pyhessian_probes_measured": sum(len(layer["values"]) for layer in heavy),
         "pyhessian_probes_needed": sum(layer["probes_needed"] for layer in heavy),
         "ratio": theirs / statistics.median(ours),
         "layers": layers,
@@ -209,7 +217,7 @@ def in_pairs(model: nn.Module, loss: LossFunction, batch: Batch, options: argpar
     found = rival(model, [batch])
     pairs = []
     for number in range(options.pairs + 1):
-        signs = _Signs(number)
+        signs = Signs(number)
         pairs.append((seconds(functools.partial(probed, found, 1))[0], seconds(functools.partial(probe, signs))[0]))
     pairs = pairs[1:]  # the first warms up
     model.zero_grad(set_to_none=True)
@@ -224,7 +232,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data-name", default="images", help="what to call it in the result")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--probes", type=int, default=8, help="PyHessian's for each layer, at least 2")
+    parser.add_argument("--probes", type=int, default=40, help="PyHessian's for each layer at most, at least 2")
+    parser.add_argument("--fewest", type=int, default=FEWEST, help="PyHessian's for each layer at least, 2 or more")
     parser.add_argument("--every", type=int, default=1, help="PyHessian gets every n-th layer alone; ours gets all")
     parser.add_argument("--repeats", type=int, default=5, help="of ours")
     parser.add_argument("--pairs", type=int, default=0, help="of single probes; with these, nothing else is timed")
@@ -233,8 +242,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="PATH")
     options = parser.parse_args()
-    if options.probes < 2:
-        parser.error("--probes: at least 2, or there is no spread")
+    if min(options.probes, options.fewest) < 2:
+        parser.error("--probes, --fewest: at least 2, or there is no spread")
     return options
 
 
@@ -274,9 +283,11 @@ def main() -> None:
         found = to_target(model, batches, options)
         rows = rows_to_target(options, found)
         note = (
-            f"PyHessian layer by layer: {found['pyhessian_s_measured']:.0f} s MEASURED for {options.probes} probes a layer, "
-            f"{found['pyhessian_s']:.0f} s EXTRAPOLATED by their spread to {found['pyhessian_probes_needed']} probes. Ours: "
-            f"median of {len(found['ours_s'])} whole runs, between its layers."
+            f"PyHessian layer by layer: {found['pyhessian_s_measured']:.1f} s MEASURED for "
+            f"{found['pyhessian_probes_measured']} probes, {found['pyhessian_s']:.1f} s for the "
+            f"{found['pyhessian_probes_needed']} that their spread asks for, at least {options.fewest} a layer"
+            f"{'' if found['pyhessian_probes_measured'] == found['pyhessian_probes_needed'] else ' (the rest EXTRAPOLATED)'}. "
+            f"Ours: median of {len(found['ours_s'])} whole runs, between its layers."
         )
     note = f"Weights: {options.weights.name if options.weights else 'random'}. {note}"
     print(f"threads {options.threads}, torch {torch.__version__}, on the CPU. {note}")
@@ -284,27 +295,17 @@ def main() -> None:
     for row in rows:
         print(" | ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row))
     if options.json:
-        write(options, rows, note, found)
-
-
-def write(options: argparse.Namespace, rows: list[list[Any]], note: str, measured: dict[str, Any]) -> None:
-    """A result file, as `make results` reads it, with every single time beside the table."""
-    where = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
-    document = {
-        "title": f"Traces of {options.network}'s Hessian, layer by layer, against PyHessian, on the CPU",
-        "command": shlex.join(["python", *where]),
-        "data": "random" if options.data is None else options.data_name,
-        "split": "none" if options.data is None else "train",
-        "seeds": [options.seed],
-        "commit": source_commit(),
-        "machine": machine(),
-        "note": note,
-        "columns": COLUMNS,
-        "rows": [[round(cell, 3) if isinstance(cell, float) else cell for cell in row] for row in rows],
-        "measured": measured,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
+        result.write(
+            options.json,
+            title=f"Traces of {options.network}'s Hessian, layer by layer, against PyHessian, on the CPU",
+            data="random" if options.data is None else options.data_name,
+            split="none" if options.data is None else "train",
+            seeds=[options.seed],
+            note=note,
+            columns=COLUMNS,
+            rows=[[round(cell, 3) if isinstance(cell, float) else cell for cell in row] for row in rows],
+            measured=found,
+        )
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ is (random crops of 224 x 224). What is decoded or checked the first time is kep
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import result
 from bitswitch.data import Batches, DataSet, MemoryDataSet, load_data
 from bitswitch.errors import UserError
-from bitswitch.machine import machine, source_commit
 from bitswitch.pipeline import choose_device
 
 
@@ -75,13 +74,20 @@ def main() -> None:
         data, seconds = opened("imagenet", options.folder, workers=workers)
         rows.append(measure("files", data, seconds, options, workers=workers))
     if options.json is not None:
-        document = {
-            "command": f"python benchmarks/loader.py {options.folder.name} --batch-size {options.batch_size}",
-            "commit": source_commit(),
-            "machine": machine(torch.device(options.device)),
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        result.write(
+            options.json,
+            title="Training batches, images/s",
+            data=options.folder.name,
+            split="train",
+            columns=["from", "workers", "images/s", "first batch s", "opened s"],
+            rows=[
+                [row["path"], row.get("workers", "-")]
+                + [round(row[key], 2) for key in ("images_per_second", "first_batch_seconds", "open_seconds")]
+                for row in rows
+            ],
+            note=f"Batches of {options.batch_size}, on {options.device}.",
+            measured=rows,
+        )
 
 
 if __name__ == "__main__":

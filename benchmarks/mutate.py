@@ -14,7 +14,6 @@ import gc
 import json
 import random
 import resource
-import shlex
 import struct
 import sys
 import tempfile
@@ -26,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
+import result
 from bitswitch import artifact
 from bitswitch.artifact.header import KEY, sealed
 from bitswitch.codes import bits_read, narrow, signed_range
 from bitswitch.errors import UserError
-from bitswitch.machine import machine, source_commit
 
 SLOW_SECONDS = 1.0
 MEMORY_BYTES = 1 << 29
@@ -401,8 +400,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="PATH")
     options = parser.parse_args()
-    # Now: what runs is what is there now.
-    commit, watch = source_commit(), Watch()
+    watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         run(Path(folder), 200, -1, list(KINDS))  # what is imported late is imported now
         gc.collect()
@@ -426,20 +424,15 @@ def main() -> None:
     )
     print(note)
     if options.json:
-        document = {
-            "title": f"{options.files:,} damaged artifacts: what the reader made of them",
-            "command": shlex.join(["python", *sys.argv]),
-            "data": "random",
-            "split": "none",
-            "seeds": [options.seed],
-            "commit": commit,
-            "machine": machine(),
-            "note": note,
-            "columns": COLUMNS,
-            "rows": table,
-            "failures": [row["failure"] for row in rows if row["failure"]],
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        result.write(
+            options.json,
+            title=f"{options.files:,} damaged artifacts: what the reader made of them",
+            seeds=[options.seed],
+            note=note,
+            columns=COLUMNS,
+            rows=table,
+            failures=[row["failure"] for row in rows if row["failure"]],
+        )
     sys.exit(bool(watch.seen) or any(row["failure"] for row in rows))
 
 

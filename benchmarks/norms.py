@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bitswitch.machine import machine, source_commit
+import result
 
 KINDS = ("transitional", "switchable")
 IMAGES = 2000
@@ -76,25 +76,21 @@ def main() -> None:
         [kind, label, statistics.mean(values), *(round(value, 2) for value in values)]
         for (kind, label), values in found.items()
     ]
-    words = " ".join("data.root=FOLDER" if word.startswith("data.root=") else word for word in options.words)
-    result = {
-        "title": f"Batch normalization in the SuperNet ({options.recipe}): top-1 % of {options.mixtures} random mixtures",
-        "command": f"python benchmarks/norms.py OUT --recipe {options.recipe} --seeds {options.seeds} --words {words}",
-        "data": options.recipe,
-        "split": "val",
-        "seeds": list(range(options.seeds)),
-        "commit": source_commit(),
-        "machine": machine(),
-        "columns": [
+    result.write(
+        options.out,
+        title=f"Batch normalization in the SuperNet ({options.recipe}): top-1 % of {options.mixtures} random mixtures",
+        data=options.recipe,
+        split="val",
+        seeds=range(options.seeds),
+        columns=[
             "batch normalization",
             "statistics",
             "mean over seeds",
             *(f"seed {s}" for s in range(options.seeds)),
         ],
-        "rows": rows,
-        "note": f"Statistics re-calibrated from {IMAGES} training images for each mixture.",
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+        rows=rows,
+        note=f"Statistics re-calibrated from {IMAGES} training images for each mixture.",
+    )
     print(json.dumps(rows, indent=1))
 
 

@@ -6,15 +6,14 @@ Weights and traces are random: the programme's time depends on its tables' sizes
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
+import result
 from bitswitch import search
-from bitswitch.machine import machine, source_commit
 from bitswitch.models import build
 from bitswitch.nn import quantize
 
@@ -43,19 +42,15 @@ def main() -> None:
             sizes.append(len(found))
         rows.append([budget, options.budgets, statistics.median(sizes), statistics.median(seconds), max(seconds)])
         print(rows[-1], flush=True)
-    result = {
-        "title": "The integer programme: ResNet50's frontier, seconds",
-        "command": "python benchmarks/programme.py results/programme.json",
-        "data": "random traces and weights",
-        "split": "none",
-        "seeds": list(range(options.draws)),
-        "commit": source_commit(),
-        "machine": machine(),
-        "columns": ["budget", "budgets", "choices", "median s", "slowest s"],
-        "rows": rows,
-        "note": "52 layers, 4 widths; wall time, the machine shared with other jobs.",
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    result.write(
+        options.out,
+        title="The integer programme: ResNet50's frontier, seconds",
+        data="random traces and weights",
+        seeds=range(options.draws),
+        columns=["budget", "budgets", "choices", "median s", "slowest s"],
+        rows=rows,
+        note="52 layers, 4 widths; wall time.",
+    )
 
 
 if __name__ == "__main__":

@@ -6,19 +6,10 @@ import pytest
 import torch
 
 import bitswitch as bs
-from bitswitch import cli
 from bitswitch.codes import bits_read
 from bitswitch.models import build
 from bitswitch.search import read_latency
-
-
-def call(capsys, *words):
-    """(exit status, stdout, stderr) of a command, in this process."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return stop.value.code, out, err
+from commands import call
 
 
 @pytest.fixture

@@ -10,38 +10,17 @@ import pytest
 import torch
 
 import bitswitch as bs
-from bitswitch import artifact, cli
+from bitswitch import artifact
 from bitswitch.data import load_data
+from commands import call, one_line, run_digits
 
 SHORT = ["pretrain.epochs=2", "train.epochs=1", "supernet=null"]
-
-
-def call(capsys, *words):
-    """(exit status, stdout, stderr) of a command, in this process."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return stop.value.code, out, err
-
-
-def one_line(result, *words):
-    status, out, err = result
-    assert status == 2 and out == "", (status, out, err)
-    *notes, last = err.splitlines()
-    assert last.startswith("bitswitch: ") and all("skipped" in note or "taken up" in note for note in notes), err
-    for word in words:
-        assert word in err, err
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """A short finished run; tests that change files take a copy."""
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["run", "digits", *SHORT, "--out", str(out), "--json", "--device", "cpu"])
-    assert stop.value.code == 0
-    return out
+    return run_digits(tmp_path_factory.mktemp("runs") / "digits", *SHORT)
 
 
 @pytest.fixture
@@ -296,7 +275,7 @@ def test_tables_are_readable(capsys, done):
 
 
 def test_our_own_fault_exits_1(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "recipe_names", lambda: 1 / 0)
+    monkeypatch.setattr("bitswitch.cli.program.recipe_names", lambda: 1 / 0)
     status, _, err = call(capsys, "recipes")
     assert status == 1 and "ZeroDivisionError" in err
 
@@ -305,7 +284,7 @@ def test_interruption_exits_130(capsys, monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "recipe_names", interrupt)
+    monkeypatch.setattr("bitswitch.cli.program.recipe_names", interrupt)
     status, _, err = call(capsys, "recipes")
     assert status == 130 and "goes on from the last checkpoint" in err
 

@@ -14,34 +14,17 @@ import pytest
 import torch
 
 import bitswitch as bs
-from bitswitch import cli
 from bitswitch.artifact import read_header
+from bitswitch.cli.console import stdout_kept_clean
 from bitswitch.data import load_data
 from bitswitch.nn import TransitionalBatchNorm, plan_of
 from bitswitch.runtime import Session
+from commands import call, one_line, run_digits
 
 SHORT = [
     *("pretrain.epochs=3", "train.epochs=2", "supernet.epochs=2"),
     *("sensitivity.images=64", "search.points=6"),
 ]
-
-
-def call(capsys, *words):
-    """(exit status, stdout, stderr) of a command, in this process."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    return stop.value.code, out, err
-
-
-def one_line(result, *words):
-    status, out, err = result
-    assert status == 2 and out == "", (status, out, err)
-    *notes, last = err.splitlines()
-    assert last.startswith("bitswitch: ") and all("skipped" in note for note in notes), err
-    for word in words:
-        assert word in last, err
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +34,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["run", "digits", *SHORT, "--out", str(out), "--json", "--device", "cpu"])
-    assert stop.value.code == 0
-    return out
+    return run_digits(tmp_path_factory.mktemp("runs") / "digits", *SHORT)
 
 
 @pytest.fixture
@@ -361,10 +340,12 @@ def test_what_cannot_be_exported(capsys, copied, words, expected):
 
 def test_a_recipe_that_has_not_run_cannot_be_exported(capsys, tmp_path):
     one_line(call(capsys, "export", "digits", "--out", tmp_path / "none"), "stage train is not done")
+    missing = tmp_path / "missing.safetensors"
+    one_line(call(capsys, "export", missing), f"there is no file {missing}, and no recipe of that name")
 
 
 def test_what_a_library_prints_is_not_on_stdout(capfd):
-    with cli._stdout_kept_clean():
+    with stdout_kept_clean():
         ctypes.CDLL(None).printf(b"noise of a solver\n")
     print("document", flush=True)
     out, err = capfd.readouterr()

@@ -1,23 +1,17 @@
 """Image folders from a recipe to the evaluation of its artifact."""
 
+import functools
 import json
 
 import pytest
 
-from bitswitch import cli
+import commands
 
 
 @pytest.fixture
 def call(capsys):
     """A function that runs a command in this process: (exit status, stdout, stderr)."""
-
-    def run(*words):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(word) for word in words])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
+    return functools.partial(commands.call, capsys)
 
 
 def test_a_run_on_an_image_folder(call, make_folder, tmp_path):

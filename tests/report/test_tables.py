@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+import result
 from bitswitch.errors import UserError
 from bitswitch.report import render, update
 
@@ -53,3 +54,13 @@ def test_the_readme_holds_what_the_result_files_say(tmp_path):
     copy.write_text((ROOT / "README.md").read_text())
     update(copy, ROOT / "results")
     assert copy.read_text() == (ROOT / "README.md").read_text(), "run: make results"
+
+
+def test_what_benchmarks_write_is_a_table(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks/x.py", "/home/somebody/data", "--json", "results/x.json"])
+    path = tmp_path / "results" / "x.json"
+    result.write(path, title="T", columns=["", "s"], rows=[["a", 1.5]], seeds=["0-9"], note="Idle.", measured=[1])
+    document = json.loads(path.read_text())
+    assert document["command"] == "python benchmarks/x.py data --json results/x.json" and document["measured"] == [1]
+    text = render(document)
+    assert "| a | 1.50 |" in text and "Idle." in text and "seeds 0-9" in text and "split none" in text

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import bitswitch as bs
 from bitswitch.errors import UserError
-from bitswitch.search import hessian, probes
-from bitswitch.search.hessian import Trace, hessian_trace, worst_error
+from bitswitch.search import probes
+from bitswitch.search.hessian import hessian_trace
+from bitswitch.search.traces import Tally, Trace, degrees, trace_of, worst_error
 
 SCRIPT = str(Path(__file__).with_name("hessian_ranks.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -248,6 +249,33 @@ def test_standard_errors_are_honest(name, count, layers):
     assert all(180 <= times <= 198 for times in held.values()), held
 
 
+def test_standard_errors_are_honest_where_a_target_stops_it():
+    """What stops at a small spread stops at those that are small by luck."""
+    model, loss_fn, batches, exact = case("answer", 1)
+    held, rounds = dict.fromkeys(["conv", "grouped", "fc", "head"], 0), []
+    for seed in range(200):
+        traces = hessian_trace(
+            model, loss_fn, batches, layers=list(held), target=0.3, seed=seed, progress=lambda n, e: rounds.append(n)
+        )
+        for layer, trace in traces.items():
+            held[layer] += abs(trace.mean - exact[layer]) <= 1.96 * trace.standard_error
+    assert all(180 <= times <= 198 for times in held.values()), held
+    assert len(rounds) > 400
+
+
+def test_few_probes_widen_the_standard_error():
+    """By Student's t: 12.706 in place of 1.96 at one degree of freedom."""
+    job, one, many = probes.Job("weight", ("a",), 0, 2), Tally(), Tally()
+    one.add(job, *probes.summary(torch.tensor([[1.0, 10.0], [3.0, 10.0]]).double()))
+    assert trace_of("a", [one]) == Trace(12.0, pytest.approx(12.7062 / 1.95996, rel=1e-4))
+    assert trace_of("a", [one, Tally(probes=1)]) == trace_of("a", [one])
+    generator = torch.Generator().manual_seed(0)
+    many.add(job, *probes.summary(torch.randn(2, 2000, generator=generator).double()))
+    assert 1600 < degrees([many]) < 2400
+    many.add(job, *probes.summary(torch.randn(2, 2000, generator=generator).double()))
+    assert 3200 < degrees([many]) < 4800
+
+
 def test_piecewise_linear_networks_take_few_probes():
     """No noise from other layers, nor from signs over weights."""
     model, loss_fn, batches, _ = case("relu")
@@ -297,14 +325,15 @@ def test_a_target_or_a_budget_stops_it():
 def test_the_noise_of_other_layers_is_left_behind():
     """A layer that goes on alone does so with new probes, and without those that held other layers' noise."""
     tally, together, alone = (
-        hessian._Tally(),
+        Tally(),
         probes.Job("weight", ("a", "b"), 0, 5),
         probes.Job("weight", ("a",), 5, 4),
     )
-    tally.add(together, 100.0, 400.0)
-    tally.add(alone, 1.0, 4.0)
-    tally.add(probes.Job("weight", ("a",), 9, 4), 2.0, 2.0)
+    tally.add(together, 100.0, 400.0, 900.0)
+    tally.add(alone, 1.0, 4.0, 3.0)
+    tally.add(probes.Job("weight", ("a",), 9, 4), 2.0, 2.0, 1.0)
     assert (tally.drawn, tally.probes, tally.total / 8, tally.of_mean()) == (13, 8, 1.5, (16 * 4 + 16 * 2) / 64)
+    assert tally.uncertainty == 256 * 3 + 256 * 1
 
 
 def test_worst_error():

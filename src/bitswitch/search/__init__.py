@@ -21,8 +21,9 @@ from bitswitch.search.costs import (
 from bitswitch.search.damage import damage_table, measured_damage
 from bitswitch.search.find import find
 from bitswitch.search.genetic import refine
-from bitswitch.search.hessian import Trace, hessian_trace
+from bitswitch.search.hessian import hessian_trace
 from bitswitch.search.programme import Choice, Problem, alternatives, frontier, pareto
+from bitswitch.search.traces import Trace
 
 __all__ = [
     "Choice",

@@ -1,6 +1,7 @@
 """Costs of layers at each width: what a choice of widths is budgeted by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from bitswitch import files
 from bitswitch.errors import UserError
-from bitswitch.nn import QuantizedLayer, evaluating, quantized_layers
+from bitswitch.nn import evaluating, quantized_layers
 from bitswitch.search.programme import Table, check_table
 
 
@@ -27,7 +28,6 @@ class LayerCost:
     macs: int
 
 
-@torch.no_grad()
 def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, LayerCost]:
     """Count every quantized layer's weights and operations in one forward of real size.
 
@@ -42,23 +42,14 @@ def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
     batch = len(example_inputs[0])
     macs = dict.fromkeys(layers, 0)
 
-    def count(name: str, layer: QuantizedLayer, output: Tensor) -> None:
-        macs[name] += output.numel() // batch * (layer.stored_shape.numel() // layer.stored_shape[0])
+    def count(name: str, _args: Any, output: Tensor) -> None:
+        shape = layers[name].stored_shape
+        macs[name] += output.numel() // batch * (shape.numel() // shape[0])
 
-    handles = [
-        layer.register_forward_hook(lambda module, _args, output, name=name: count(name, module, output))
-        for name, layer in layers.items()
-    ]
-    try:
-        with evaluating(model):
-            model(*example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_once(model, example_inputs, count)
     return {name: LayerCost(layer.stored_shape.numel(), macs[name]) for name, layer in layers.items()}
 
 
-@torch.no_grad()
 def shared_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[list[str]]:
     """Groups of quantized layers that read one and the same tensor, such as a block's first convolution and its shortcut's.
 
@@ -72,20 +63,24 @@ def shared_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[lis
     layers = quantized_layers(model)
     # The tensors are held, so that no two have one identity.
     readers: dict[int, tuple[Tensor, list[str]]] = {}
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _module, args, name=name: readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
-        )
-        for name, layer in layers.items()
-    ]
-    try:
-        with evaluating(model):
-            model(*example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def read(name: str, args: Any, _output: Tensor) -> None:
+        readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
+
+    _run_once(model, example_inputs, read)
     groups = [[name for name in layers if name in names] for _, names in readers.values()]
     return [group for group in groups if len(group) > 1]
+
+
+@torch.no_grad()
+def _run_once(model: nn.Module, example_inputs: tuple[Any, ...], see: Callable[[str, Any, Tensor], None]) -> None:
+    """One forward in eval mode: `see` gets the name, arguments and output of every quantized layer that runs."""
+    with ExitStack() as stack:
+        for name, layer in quantized_layers(model).items():
+            hook = layer.register_forward_hook(lambda _layer, args, output, name=name: see(name, args, output))
+            stack.callback(hook.remove)
+        with evaluating(model):
+            model(*example_inputs)
 
 
 def bitops(costs: Mapping[str, LayerCost], widths: Mapping[str, int]) -> int:

@@ -9,8 +9,8 @@ from torch import nn
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError, nearest
 from bitswitch.nn import quantized_layers
-from bitswitch.search.hessian import Trace
 from bitswitch.search.programme import Table
+from bitswitch.search.traces import Trace
 
 Form = Literal["hessian", "linear"]
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from bitswitch.errors import UserError, nearest
 from bitswitch.search.costs import as_budgets, budgets_between, cost_tables
 from bitswitch.search.damage import Form, damage_table
-from bitswitch.search.hessian import Trace
 from bitswitch.search.programme import Choice, Problem, Table, frontier
+from bitswitch.search.traces import Trace
 
 _POINTS = 16
 

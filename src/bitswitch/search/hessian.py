@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -13,23 +12,12 @@ from torch import nn
 
 from bitswitch.errors import UserError, nearest
 from bitswitch.nn import QuantizedLayer, evaluating
-from bitswitch.search.probes import TRACED, Job, Kind, Layer, LossFunction, Prober, prober
+from bitswitch.search.passes import TRACED, Layer, LossFunction
+from bitswitch.search.probes import Job, Kind, Prober, prober
+from bitswitch.search.traces import Tally, Trace, errors, trace_of, worst_error
 
 # A standard error from fewer values than this may be small by luck, and stop the search.
 _VALUES = 20
-
-
-@dataclass(frozen=True)
-class Trace:
-    """An estimate of the trace of one layer's block of the Hessian.
-
-    Attributes:
-        mean: the estimate.
-        standard_error: of the estimate, from the spread of the probes.
-    """
-
-    mean: float
-    standard_error: float
 
 
 def hessian_trace(
@@ -83,7 +71,7 @@ def hessian_trace(
         if first is None:
             raise UserError("there are no batches to take the trace over")
         how = prober(model, loss_fn, first, traced, seed, named=layers is not None)
-        tallies = {name: {kind: _Tally() for kind in how.kinds} for name in how.layers}
+        tallies = {name: {kind: Tally() for kind in how.kinds} for name in how.layers}
         fewest = min(max(2, 1 + math.ceil(_VALUES / how.samples)), probes)
         count = fewest if target is not None else probes
         jobs = [Job(kind, tuple(how.layers), 0, count) for kind in how.kinds]
@@ -91,7 +79,7 @@ def hessian_trace(
         del first
         while True:
             _visit(how, visited, jobs, tallies, rank, ranks)
-            traces = {name: _trace(name, parts.values()) for name, parts in tallies.items()}
+            traces = {name: trace_of(name, parts.values()) for name, parts in tallies.items()}
             if progress is not None:
                 most = max(tally.probes for parts in tallies.values() for tally in parts.values())
                 progress(most, worst_error(traces))
@@ -99,21 +87,6 @@ def hessian_trace(
             if not jobs:
                 return traces
             visited = batches
-
-
-def worst_error(traces: Mapping[str, Trace]) -> float:
-    """The greatest of the layers' standard errors, each as a share of its trace.
-
-    Of 1 % of the summed absolute traces where a trace is smaller: such a layer matters little, but whether it is such a layer
-    must be known.
-    """
-    return max(_errors(traces).values())
-
-
-def _errors(traces: Mapping[str, Trace]) -> dict[str, float]:
-    least = 0.01 * sum(abs(trace.mean) for trace in traces.values())
-    scales = {name: max(abs(trace.mean), least) for name, trace in traces.items()}
-    return {name: t.standard_error / scales[name] if t.standard_error else 0.0 for name, t in traces.items()}
 
 
 def _layers(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Layer]:
@@ -141,59 +114,17 @@ def _differentiable(layers: Mapping[str, Layer]) -> Iterator[None]:
             weight.requires_grad_(required)
 
 
-@dataclass
-class _Tally:
-    """The probes of one kind that a layer has had.
-
-    Attributes:
-        drawn: also those that do not count any more.
-        probes: those that count.
-        total: `probes` times their mean.
-        variance: of `total`.
-        alone: whether they moved no other layer.
-    """
-
-    drawn: int = 0
-    probes: int = 0
-    total: float = 0.0
-    variance: float = 0.0
-    alone: bool = False
-
-    def add(self, job: Job, mean: float, variance: float) -> None:
-        alone = len(job.layers) == 1
-        if alone and not self.alone and job.kind == "weight":
-            # Other layers' noise is in what came before; a mean would keep it.
-            self.probes, self.total, self.variance = 0, 0.0, 0.0
-        self.alone = alone
-        self.drawn = job.start + job.probes
-        self.probes += job.probes
-        self.total += job.probes * mean
-        self.variance += job.probes**2 * variance
-
-    def of_mean(self) -> float:
-        """The variance of the mean."""
-        return self.variance / self.probes**2
-
-
-def _trace(name: str, parts: Iterable[_Tally]) -> Trace:
-    parts = list(parts)
-    trace = Trace(sum(part.total / part.probes for part in parts), math.sqrt(sum(part.of_mean() for part in parts)))
-    if not math.isfinite(trace.mean) or not math.isfinite(trace.standard_error):
-        raise UserError(f"the trace of layer {name!r} is not finite: check the model and the data")
-    return trace
-
-
 def _visit(
     how: Prober,
     batches: Iterable[Any],
     jobs: Sequence[Job],
-    tallies: Mapping[str, Mapping[Kind, _Tally]],
+    tallies: Mapping[str, Mapping[Kind, Tally]],
     rank: int,
     ranks: int,
 ) -> None:
     """Do the jobs on this rank's share of the batches, and add to the tallies what all ranks found."""
     keys = [(job, name) for job in jobs for name in job.layers]
-    sums, count = torch.zeros(len(keys), 2, dtype=torch.float64), 0
+    sums, count = torch.zeros(len(keys), 3, dtype=torch.float64), 0
     for index, batch in enumerate(batches):
         count += 1
         if index % ranks == rank:
@@ -204,12 +135,12 @@ def _visit(
         device = next(iter(how.layers.values())).weight.device
         sums = sums.to(device)
         dist.all_reduce(sums)
-    for (job, name), (mean, variance) in zip(keys, sums.tolist(), strict=True):
-        tallies[name][job.kind].add(job, mean / count, variance / count**2)
+    for (job, name), (mean, variance, uncertainty) in zip(keys, sums.tolist(), strict=True):
+        tallies[name][job.kind].add(job, mean / count, variance / count**2, uncertainty / count**4)
 
 
 def _next_jobs(
-    tallies: Mapping[str, Mapping[Kind, _Tally]],
+    tallies: Mapping[str, Mapping[Kind, Tally]],
     traces: Mapping[str, Trace],
     target: float,
     fewest: int,
@@ -217,7 +148,7 @@ def _next_jobs(
 ) -> list[Job]:
     """What should bring the layers above the target there: more of the probes whose noise is the larger in each."""
     outputs, jobs = 0, []
-    for name, error in _errors(traces).items():
+    for name, error in errors(traces).items():
         if error <= target:
             continue
         kind = max(tallies[name], key=lambda kind: tallies[name][kind].of_mean())

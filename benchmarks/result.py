@@ -1,0 +1,60 @@
+"""The file that a benchmark writes, in the form that `make results` reads."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitswitch.machine import machine, source_commit
+
+# When the benchmark starts: what runs is what is there then.
+_COMMIT = source_commit()
+
+
+def command() -> str:
+    """What was typed, without the places of this machine."""
+    return shlex.join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
+
+
+def write(
+    path: Path,
+    *,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    data: str = "random",
+    split: str = "none",
+    seeds: Sequence[int | str] = (0,),
+    note: str | None = None,
+    **more: Any,
+) -> None:
+    """Write a table and what gave it.
+
+    Args:
+        path: of the file; its folder is made.
+        title: of the table.
+        columns: their heads.
+        rows: numbers and words.
+        data: on which it was measured.
+        split: of the data.
+        seeds: of everything random.
+        note: what a reader must know.
+        more: single measurements, beside the table.
+    """
+    document = {
+        "title": title,
+        "command": command(),
+        "data": data,
+        "split": split,
+        "seeds": list(seeds),
+        "commit": _COMMIT,
+        "machine": machine(),
+        **({} if note is None else {"note": note}),
+        "columns": list(columns),
+        "rows": rows,
+        **more,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")

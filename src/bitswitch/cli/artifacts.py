@@ -1,0 +1,167 @@
+"""The commands that take a file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bitswitch import artifact, evaluation, pipeline
+from bitswitch.cli.console import emit, output
+from bitswitch.cli.tables import score_table, show_bench, show_exported, show_file
+from bitswitch.cli.words import (
+    Bits,
+    DataName,
+    Device,
+    File,
+    Json,
+    Mixture,
+    Network,
+    Overrides,
+    Report,
+    Seed,
+    ranks,
+    widths_of,
+)
+from bitswitch.config import load_recipe, recipe_names
+from bitswitch.errors import UserError, require
+from bitswitch.rundir import RunDirectory
+
+
+def evaluate(
+    file: File,
+    bits: Bits = None,
+    assignment: Mixture = None,
+    data: DataName = None,
+    split: Annotated[str, typer.Option(help="test or val.")] = "test",
+    model: Network = None,
+    recalibrate: Annotated[int, typer.Option(help="Estimate BatchNorm anew from so many training images.", min=0)] = 0,
+    confusion: Annotated[
+        bool, typer.Option("--confusion", help="Add confusion matrices to the JSON document.")
+    ] = False,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Report = None,
+) -> None:
+    """Accuracy of an artifact, or of a checkpoint, at every width."""
+    if split not in ("test", "val"):
+        raise UserError(f"--split {split}: use test or val")
+    with ranks(device) as (world, place):
+        document = evaluation.evaluate_file(
+            file,
+            bits=widths_of(bits),
+            assignment=assignment,
+            data_name=data,
+            split=split,
+            network=model,
+            device=place,
+            world=world,
+            recalibration_images=recalibrate,
+            confusion=confusion,
+        )
+    if not world.first:
+        return
+    title = f"{file}, on {split}"
+    emit(document, json_, lambda: output.print(score_table(title, document["results"])), out and out / "evaluate.json")
+
+
+def inspect(
+    file: File,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Count what runs in integers and what in floats here.")
+    ] = False,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Report = None,
+) -> None:
+    """What is in an artifact: widths, layers, sizes, provenance."""
+    header, tensors = artifact.read(file)
+    document = {
+        "file": str(file),
+        "bytes": file.stat().st_size,
+        "widths": list(header.widths),
+        "network": header.network,
+        "preprocessing": header.preprocessing,
+        "classes": header.classes,
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "bits": layer.bits,
+                "input": layer.input,
+                "squared_error": {str(width): error for width, error in layer.squared_error.items()},
+            }
+            for layer in header.layers
+        ],
+        "code_bytes": header.widths[0] * artifact.plane_bytes([layer.shape for layer in header.layers]),
+        "other_bytes": sum(a.nbytes for name, a in tensors.items() if not name.endswith(".codes")),
+        "provenance": dict(header.provenance),
+    }
+    if graph:
+        require("onnxruntime", "runtime")
+        from bitswitch.runtime import graph_report
+
+        document["graph"] = {str(width): graph_report(file, width) for width in header.widths}
+    emit(document, json_, lambda: show_file(document), out and out / "inspect.json")
+
+
+def export(
+    file: Annotated[str, typer.Argument(help="An artifact, or a recipe whose run is done.")],
+    overrides: Overrides = None,
+    bits: Bits = None,
+    assignment: Mixture = None,
+    weights: Annotated[str, typer.Option(help="int8, or int4 or int2 for the layers that fit.")] = "int8",
+    exact: Annotated[bool, typer.Option("--exact", help="Branches that are added keep 32 bits, not 8.")] = False,
+    data: DataName = None,
+    model: Network = None,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; onnx/ beside the artifact if not given.")] = None,
+) -> None:
+    """ONNX files of an artifact, one a precision; the artifact gets its graph, for the session without torch."""
+    require("onnxscript", "onnx")
+    require("onnxruntime", "runtime")
+    from bitswitch import deployment
+
+    path, images = Path(file), None
+    if not path.is_file():
+        if path.suffix not in (".yaml", ".yml") and file not in recipe_names():
+            raise UserError(f"there is no file {file}, and no recipe of that name (bitswitch recipes lists them)")
+        recipe = load_recipe(file, overrides or [], seed=seed)
+        directory = RunDirectory(out or Path("runs") / path.stem)
+        path = directory.supernet if directory.supernet.is_file() else directory.artifact
+        if not path.is_file():
+            raise UserError(f"stage train is not done in {directory.path}: bitswitch run {file} does it")
+        out, images = None, pipeline.open_data(recipe).sample(deployment.CALIBRATION_IMAGES)
+    elif overrides:
+        raise UserError(f"{overrides[0]!r}: overrides are for a recipe, {file} is a file")
+    document = deployment.export(
+        path,
+        out or path.parent / "onnx",
+        bits=widths_of(bits),
+        assignment=assignment,
+        weights=weights,
+        additions="exact" if exact else "requantized",
+        images=images,
+        data_name=data,
+        network=model,
+    )
+    emit(document, json_, lambda: show_exported(path, document))
+
+
+def bench(
+    file: File,
+    model: Network = None,
+    rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 10,
+    json_: Json = False,
+    device: Device = "auto",
+    seed: Seed = None,
+    out: Report = None,
+) -> None:
+    """Size, memory, switching, latency and throughput of an artifact at every width, on this machine's CPU."""
+    from bitswitch.bench import bench as measure
+
+    document = measure(file, network=model, rounds=rounds)
+    emit(document, json_, lambda: show_bench(document), out and out / "bench.json")

@@ -1,0 +1,65 @@
+"""What a command prints: the document on stdout, notes and progress on stderr."""
+
+import contextlib
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bitswitch import files
+
+errors = Console(stderr=True, soft_wrap=True, highlight=False)
+output = Console(soft_wrap=True, highlight=False)
+
+
+class TerminalReporter:
+    """Notes and progress bars on stderr; no bars where it is not a terminal; nothing from ranks other than the first."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.silent = silent
+
+    def note(self, text: str) -> None:
+        """A line."""
+        if not self.silent:
+            errors.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def progress(self, stage: str, steps: int, done: int) -> Iterator[Callable[[str], None]]:
+        """A progress bar with the time left."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        hidden = self.silent or not errors.is_terminal
+        with Progress(*columns, TextColumn("{task.fields[text]}"), console=errors, disable=hidden) as bar:
+            task = bar.add_task(stage, total=steps, completed=done, text="")
+            yield lambda text: bar.update(task, advance=1, text=text)
+
+
+def emit(document: dict[str, Any], as_json: bool, show: Callable[[], None], file: Path | None = None) -> None:
+    """A document as the only thing on stdout, or shown to a reader; and into a file where one is named."""
+    if file is not None:
+        files.write_json(file, document)
+    if as_json:
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    else:
+        show()
+
+
+@contextlib.contextmanager
+def stdout_kept_clean() -> Iterator[None]:
+    """Send what libraries print past Python to stderr: HiGHS has a stray printf in its integer solver (its issue 2783)."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        # C's own buffer would reach stdout later.
+        with contextlib.suppress(OSError, TypeError, AttributeError):
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

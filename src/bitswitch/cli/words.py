@@ -1,0 +1,61 @@
+"""The words that commands share: arguments, options, and the processes that torchrun started."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from bitswitch import pipeline
+from bitswitch.errors import UserError
+from bitswitch.training import distributed
+
+RecipeName = Annotated[str, typer.Argument(help="A built-in recipe, or the path of a .yaml file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ..., the values as YAML.")]
+File = Annotated[Path, typer.Argument(help="An artifact; evaluate takes checkpoints, too.")]
+Bits = Annotated[str | None, typer.Option(help="Widths, such as 8,6,4,2; all where not given.")]
+Mixture = Annotated[
+    str | None,
+    typer.Option("--assignment", help="frontier.json, frontier.json#3, a JSON file {layer: bits}, or avg<=4."),
+]
+DataName = Annotated[
+    str | None, typer.Option("--data", help="A data name or an image folder; its own where not given.")
+]
+Network = Annotated[str | None, typer.Option("--model", help="The network where the file does not name it.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; auto takes CUDA where there is one.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="In place of the recipe's.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/<recipe> where it is not given.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Do these stages again whatever is there.")]
+TensorBoard = Annotated[
+    bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard into the run directory.")
+]
+Report = Annotated[Path | None, typer.Option("--out", help="Also write the JSON document into this folder.")]
+
+
+@contextlib.contextmanager
+def ranks(device: str) -> Iterator[tuple[distributed.World, torch.device]]:
+    """This process among those that torchrun started, and its device."""
+    place = pipeline.choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    world = distributed.join(place.type)
+    try:
+        yield world, place
+    finally:
+        distributed.leave()
+
+
+def widths_of(text: str | None) -> list[int] | None:
+    """The widths of --bits; None where it is not given.
+
+    Raises:
+        UserError: they are no numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--bits {text}: give widths with commas between them, such as 8,6,4,2") from error

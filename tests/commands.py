@@ -1,0 +1,34 @@
+"""Commands in this process, for the tests of several rooms."""
+
+from pathlib import Path
+
+import pytest
+
+from bitswitch import cli
+
+
+def run_digits(out: Path, *words: str) -> Path:
+    """A finished run of digits, in a folder."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "digits", *words, "--out", str(out), "--json", "--device", "cpu"])
+    assert stop.value.code == 0
+    return out
+
+
+def call(capsys, *words):
+    """(exit status, stdout, stderr) of a command."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return stop.value.code, out, err
+
+
+def one_line(result, *words):
+    """A command ended as it must where the user is mistaken: status 2, one line that holds these words, nothing on stdout."""
+    status, out, err = result
+    assert status == 2 and out == "", (status, out, err)
+    *notes, last = err.splitlines()
+    assert last.startswith("bitswitch: ") and all("skipped" in note or "taken up" in note for note in notes), err
+    for word in words:
+        assert word in last, err
