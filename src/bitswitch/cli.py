@@ -467,7 +467,7 @@ def export(
     from bitswitch import deployment
 
     path, images = Path(file), None
-    if not path.is_file():
+    if not path.is_file() and path.suffix != ".safetensors":
         recipe = load_recipe(file, overrides or [], seed=seed)
         directory = RunDirectory(out or Path("runs") / path.stem)
         path = directory.supernet if directory.supernet.is_file() else directory.artifact
@@ -493,6 +493,8 @@ def export(
 def _show_exported(path: Path, document: dict[str, Any]) -> None:
     if document["graph_added"]:
         output.print(f"{path} holds its graph now: bitswitch.runtime.Session runs it", markup=False)
+    if not document["held_against_torch"]:
+        errors.print("not held against torch: the file does not name its network (--model)", markup=False)
     for row in document["files"]:
         output.print(f"{row['file']}: {row['bytes']:,} bytes", markup=False)
 
