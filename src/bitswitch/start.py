@@ -3,12 +3,17 @@
 import sys
 from typing import NoReturn
 
+from bitswitch.errors import UserError
+
 
 def main() -> NoReturn:
-    """Run the command line; an interruption while it loads ends with 130."""
+    """Run the command line; an interruption while it loads ends with 130, a missing extra with 2."""
     try:
         # Here, so that the interruption can be caught.
         from bitswitch import cli
     except KeyboardInterrupt:
         sys.exit(130)
+    except UserError as error:
+        print(f"bitswitch: {error}", file=sys.stderr)
+        sys.exit(2)
     cli.main()
