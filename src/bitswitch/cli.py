@@ -520,11 +520,12 @@ def bench(
 
 def _show_bench(document: dict[str, Any]) -> None:
     costs = Table(title=f"{document['file']}: {document['file_bytes']:,} bytes", title_justify="left")
-    heads = ("bits", "bytes read", "narrowed", "torch switch ms", "session build ms", "session switch us", "peak MB")
+    heads = ("bits", "bytes read", "narrowed", "torch switch ms", "kept", "session build ms", "switch us", "peak MB")
     for column in heads:
         costs.add_column(column, justify="right")
     for row in document["widths"]:
-        rest = [row[key] for key in ("torch_switch_ms", "session_build_ms", "session_switch_us")]
+        timed = ("torch_switch_ms", "torch_kept_switch_ms", "session_build_ms", "session_switch_us")
+        rest = [row[key] for key in timed]
         peaks = "/".join("-" if row[key] is None else f"{row[key]:.0f}" for key in ("torch_peak_mb", "session_peak_mb"))
         numbers = ["-" if value is None else f"{value:.2f}" for value in rest]
         costs.add_row(str(row["bits"]), f"{row['bytes_read']:,}", f"{row['narrowed_bytes']:,}", *numbers, peaks)
