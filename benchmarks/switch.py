@@ -9,13 +9,14 @@ still need them. Sides are timed alternately, and a ratio is the median of the r
 """
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from bitswitch import artifact
 from bitswitch.codes import bits_read
 from bitswitch.machine import machine, source_commit
 from bitswitch.models import build
-from bitswitch.nn import quantized_layers
+from bitswitch.nn import QuantizedLayer, quantized_layers
 
 CHOICES = [(8, 6, 4, 2), (4, 3, 2)]
 COLUMNS = ["widths", "to", "switch ms", "pass ms", "ratio", "quartiles", "pass in place ms", "ratio", "quartiles"]
@@ -41,10 +42,10 @@ def milliseconds(action: Callable[[], Any]) -> float:
     return elapsed
 
 
-def switched(model: nn.Module, width: int) -> None:
+def switched(model: nn.Module, layers: Sequence[QuantizedLayer], width: int) -> None:
     """The width for every layer, and the weights that its forward will use."""
     bs.switch(model, width)
-    for layer in quantized_layers(model).values():
+    for layer in layers:
         layer._weight(width, lent=False)  # as a forward without gradients takes it
 
 
@@ -68,8 +69,9 @@ def measure(model: nn.Module, pairs: int) -> list[list[Any]]:
     for i, width in enumerate(widths):
         times = []
         for number in range(pairs + 2):
-            switched(model, widths[i - 1])
-            sides = [milliseconds(side) for side in (lambda width=width: switched(model, width), one_pass, in_place)]
+            switched(model, layers, widths[i - 1])
+            switch_all = functools.partial(switched, model, layers, width)
+            sides = [milliseconds(side) for side in (switch_all, one_pass, in_place)]
             if number >= 2:
                 times.append(sides)
         switch, *passes = zip(*times, strict=True)

@@ -210,6 +210,29 @@ def test_a_full_disk(capsys, monkeypatch, copied, when):
     assert not [p for p in copied.rglob(".*") if p.name != ".lock"]
 
 
+def test_a_file_that_is_cut_off_is_evaluated_at_the_widths_that_it_holds(capsys, copied):
+    path = copied / "model.safetensors"
+    whole = path.read_bytes()
+    scores = {row["bits"]: row for row in json.loads(call(capsys, "evaluate", path, "--json")[1])["results"]}
+    path.write_bytes(whole[:-100])  # of the last plane, which 8 bits alone need
+    for words, widths in (((), [6, 4, 2]), (("--bits", "2,4"), [2, 4])):
+        status, out, err = call(capsys, "evaluate", path, *words, "--json")
+        assert status == 0 and json.loads(out)["results"] == [scores[width] for width in widths], err
+    one_line(call(capsys, "evaluate", path, "--bits", "8,2"), "cut off", "serves 6 bits at most")
+    mixed = path.with_name("mixed.json")
+    mixed.write_text(json.dumps(dict.fromkeys(bs.widths(bs.load(path, bits=2)), 8)))
+    one_line(call(capsys, "evaluate", path, "--assignment", mixed), "8 bits are not loaded")
+    planes = artifact.plane_bytes([layer.shape for layer in artifact.read_header(path).layers])
+    path.write_bytes(whole[: -6 * planes])
+    one_line(call(capsys, "evaluate", path), "serves no width")
+
+
+def test_a_missing_extra_is_told_in_one_line():
+    code = "import sys; sys.modules['typer'] = None\nfrom bitswitch.start import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "bitswitch: typer is not installed: pip install 'bitswitch[train]'\n"
+
+
 def test_bad_artifacts(capsys, copied):
     path = copied / "model.safetensors"
     whole = path.read_bytes()
@@ -221,8 +244,6 @@ def test_bad_artifacts(capsys, copied):
     one_line(call(capsys, "evaluate", copied), "is a folder")
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     one_line(call(capsys, "evaluate", path), "altered")
-    path.write_bytes(whole[:-100])
-    one_line(call(capsys, "evaluate", path), "cannot be used")
     path.write_bytes(whole.replace(b'\\"version\\":2,', b'\\"version\\":7,'))
     one_line(call(capsys, "inspect", path), "version 7", "upgrade bitswitch")
 

@@ -301,7 +301,8 @@ def test_export_and_the_session(capsys, copied):
     status, out, err = call(capsys, *words)
     assert status == 0, err
     document = json.loads(out)
-    assert document["graph_added"] and [row["bits"] for row in document["files"]] == [4, None]
+    assert document["graph_added"] and document["held_against_torch"]
+    assert [row["bits"] for row in document["files"]] == [4, None]
     assert all(Path(row["file"]).parent == copied / "onnx" for row in document["files"])
     # The file has more in it now, and is the stage's still.
     status, _, err = call(capsys, "run", "digits", *SHORT, "--out", copied, "--json")
@@ -336,6 +337,11 @@ def test_what_cannot_be_exported(capsys, copied, words, expected):
     before = (copied / "supernet.safetensors").read_bytes()
     one_line(call(capsys, "export", copied / "supernet.safetensors", *words), expected)
     assert (copied / "supernet.safetensors").read_bytes() == before and not (copied / "onnx").exists()
+
+
+def test_an_artifact_that_is_missing_is_named(capsys, tmp_path):
+    file = tmp_path / "missing.safetensors"
+    one_line(call(capsys, "export", file), f"{file}: there is no such file")
 
 
 def test_a_recipe_that_has_not_run_cannot_be_exported(capsys, tmp_path):

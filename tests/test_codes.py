@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitswitch.codes import check_widths, narrow, signed_range, unsigned_range
+from bitswitch.codes import check_widths, narrow, narrow_in_unit, signed_range, unsigned_range
 from bitswitch.errors import UserError
 
 PAIRS = [(high, low) for high in range(2, 9) for low in range(2, high + 1)]
@@ -43,6 +43,17 @@ def test_torch_narrows_every_code_exactly(high, low, dtype):
     got = narrow(torch.tensor(every_code(high), dtype=dtype), high, low)
     assert got.dtype == dtype
     assert got.tolist() == reference(high, low)
+
+
+@pytest.mark.parametrize("dtype", [*NUMPY_TYPES, *TORCH_TYPES], ids=str)
+@pytest.mark.parametrize(("high", "low"), PAIRS)
+def test_narrowed_codes_in_the_unit_of_the_wide_ones(high, low, dtype):
+    make = torch.tensor if isinstance(dtype, torch.dtype) else np.array
+    codes = make(every_code(high), dtype=dtype)
+    got = narrow_in_unit(codes, high, low)
+    assert got.dtype == codes.dtype
+    assert got.tolist() == [code * 2 ** (high - low) for code in reference(high, low)]
+    assert codes.tolist() == every_code(high)
 
 
 @pytest.mark.parametrize(("high", "low"), [pair for pair in PAIRS if pair[0] > pair[1]])

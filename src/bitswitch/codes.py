@@ -73,20 +73,47 @@ def narrow(q: Codes, high: int, low: int) -> Codes:
     >>> narrow(np.array([-128, -33, -32, 31, 32, 127], np.int8), 8, 2)
     array([-2, -1,  0,  0,  1,  1], dtype=int8)
     """
+    if _nothing_to_narrow(q, high, low):
+        return q
+    q = _plus_half(q, high, high - low)
+    q >>= high - low
+    return q
+
+
+def narrow_in_unit(q: Codes, high: int, low: int) -> Codes:
+    """`narrow(q, high, low) * 2^(high - low)`: the narrowed codes in the unit of `q`, so that one scale serves every width.
+
+    Args, returns, raises: see `narrow`.
+
+    >>> narrow_in_unit(np.array([-128, -33, -32, 31, 32, 127], np.int8), 8, 2)
+    array([-128,  -64,    0,    0,   64,   64], dtype=int8)
+    """
+    if _nothing_to_narrow(q, high, low):
+        return q
+    q = _plus_half(q, high, high - low)
+    # The bits that a shift would drop and bring back as zeros. It takes a third of the time of torch's shift of bytes.
+    q &= -(1 << (high - low))
+    return q
+
+
+def _nothing_to_narrow(q: Any, high: int, low: int) -> bool:
     plain = isinstance(high, (int, np.integer)) and isinstance(low, (int, np.integer))
     if plain and not LEAST_BITS <= low <= high <= MOST_BITS:
         raise UserError(f"cannot narrow from {high} to {low} bits: need {LEAST_BITS} <= low <= high <= {MOST_BITS}")
     if not str(q.dtype).removeprefix("torch.").startswith("int"):
         raise TypeError(f"codes are signed integers, not {q.dtype}")
-    shift = high - low
-    if plain and shift == 0:
-        return q
-    # Add half, then shift, as hardware does. What would leave int8 by the addition has the greatest code anyway; the least
-    # code needs no clipping. One array, three passes over it: this runs at every switch.
+    return plain and high == low
+
+
+def _plus_half(q: Codes, high: int, shift: int) -> Codes:
+    """Half a step added, as hardware rounds before it shifts.
+
+    What would leave int8 by the addition has the greatest code anyway; the least code needs no clipping. One array, few
+    passes over it: this runs at every switch.
+    """
     half = (1 << shift) >> 1
     q = q.clip(max=signed_range(high)[1] - half)
     q += half
-    q >>= shift
     return q
 
 

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitswitch import artifact, files
 from bitswitch.errors import UserError, nearest, require
 from bitswitch.evaluation import assignments_named, example_images
-from bitswitch.export import add_graph
+from bitswitch.export import add_graph, load
 from bitswitch.export.artifact import Additions
+from bitswitch.models import is_trusted
 from bitswitch.rundir import RunDirectory
 
 CALIBRATION_IMAGES = 64
@@ -42,7 +43,9 @@ def export(
         network: its name where the file does not tell, or names the user's own code.
 
     Returns:
-        {"files": [{"file", "bits", "assignment", "bytes"}], "graph_added": whether the artifact was written anew}.
+        {"files": [{"file", "bits", "assignment", "bytes"}], "graph_added": whether the artifact was written anew,
+        "held_against_torch": whether every file was held against the artifact's model in torch before it was put in place,
+        which takes a network that can be loaded}.
 
     Raises:
         UserError: an extra is not installed; the file, precision or data cannot be used; a file cannot be written.
@@ -69,11 +72,27 @@ def export(
         before = files.file_digest(path)
         add_graph(path, images, model=network, additions=additions)
         RunDirectory(path.parent).replaced(path.name, before)
+    model = _model(path, network)
     made = []
     for i, one in enumerate(wanted or header.widths):
         name = f"{one}bit" if isinstance(one, int) else f"mixed-{i}"
         file = folder / f"{path.stem}-{name}.onnx"
-        used = export_file(path, file, wanted=one, weights=weights)  # type: ignore[arg-type]
+        used = export_file(
+            path,
+            file,
+            wanted=one,
+            weights=weights,  # type: ignore[arg-type]
+            model=model,
+            example_inputs=images,
+        )
         row = {"file": str(file), "bits": used.uniform, "assignment": None, "bytes": file.stat().st_size}
         made.append(row if isinstance(one, int) else row | {"assignment": used.to_json()})
-    return {"files": made, "graph_added": added}
+    return {"files": made, "graph_added": added, "held_against_torch": model is not None}
+
+
+def _model(path: Path, network: str | None) -> nn.Module | None:
+    """The artifact's model; None where the file names no network, or one that is not ours to import."""
+    named = artifact.read_header(path).network
+    if network is None and (named is None or not is_trusted(named["name"])):
+        return None
+    return load(path, model=network)

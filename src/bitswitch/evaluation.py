@@ -34,6 +34,7 @@ class _Subject:
     Attributes:
         model: the network.
         widths: what it can be switched to; empty for a float network.
+        held: those of an artifact whose planes are there.
         preprocessing, classes, data, data_config: of what it was trained on, None where the file does not tell.
         provenance: of an artifact.
         frontier: of an artifact.
@@ -41,6 +42,7 @@ class _Subject:
 
     model: nn.Module
     widths: tuple[int, ...]
+    held: tuple[int, ...] = ()
     preprocessing: Mapping[str, Any] | None = None
     classes: tuple[str, ...] | None = None
     data: str | None = None
@@ -66,7 +68,8 @@ def evaluate_file(
 
     Args:
         path: an artifact; a checkpoint of a stage; or anybody's checkpoint of float weights, which needs `network`.
-        bits: widths; all that the file has where neither this nor `assignment` is given.
+        bits: widths; all that the file has where neither this nor `assignment` is given. Of an artifact that is cut off, all
+            whose planes it holds.
         assignment: "frontier.json" (every choice), "frontier.json#3", a JSON file {layer: bits}, or a budget such as "avg<=4",
             for which the best choice of the artifact's own frontier is taken.
         data_name: a data name or an image folder; the data it was trained on where None.
@@ -85,7 +88,7 @@ def evaluate_file(
     Raises:
         UserError: the file, the widths, the network or the data cannot be used.
     """
-    subject = _subject(Path(path), network)
+    subject = _subject(Path(path), network, None if assignment else bits)
     wanted = _wanted(path, subject, bits, assignment)
     name = data_name or subject.data
     if not name:
@@ -157,10 +160,10 @@ def _mark_non_dominated(rows: Sequence[dict[str, Any]]) -> None:
         row["non_dominated"] = not any(beaten(row, other) for other in rows)
 
 
-def _subject(path: Path, network: str | None) -> _Subject:
+def _subject(path: Path, network: str | None, bits: Sequence[int] | None = None) -> _Subject:
     if not path.is_file() or _is_artifact(path):
         # What is missing or a folder is told by the reader of artifacts, too.
-        return _of_artifact(path, network)
+        return _of_artifact(path, network, bits)
     if path.suffix != ".safetensors":
         state = load_checkpoint(path)
         if "model" in state and "about" in state:
@@ -176,13 +179,18 @@ def _is_artifact(path: Path) -> bool:
     return path.suffix == ".safetensors" and artifact.is_artifact(path)
 
 
-def _of_artifact(path: Path, network: str | None) -> _Subject:
+def _of_artifact(path: Path, network: str | None, bits: Sequence[int] | None = None) -> _Subject:
+    """The artifact at its highest width; of one that is cut off, at the highest that was asked for or that it holds."""
     header = artifact.read_header(path)
+    # Where it holds none, the loader says so.
+    held = artifact.served_widths(path) or header.widths
+    highest = max(bits) if bits and set(bits) <= set(header.widths) else held[0]
     config = header.provenance.get("config")
     data = config.get("data") if isinstance(config, dict) else None
     return _Subject(
-        model=load(path, model=network),
+        model=load(path, bits=highest, model=network),
         widths=header.widths,
+        held=held,
         preprocessing=header.preprocessing,
         classes=header.classes,
         data=str(header.provenance["data"]) if header.provenance.get("data") else None,
@@ -243,7 +251,7 @@ def _wanted(path: str | Path, subject: _Subject, bits: Sequence[int] | None, ass
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, subject.widths))}")
     layers = list(quantized_layers(subject.model))
     mixed = [] if assignment is None else assignments_named(assignment, layers, subject.widths, subject.frontier)
-    return [*map(Wanted, bits or (() if mixed else subject.widths)), *mixed]
+    return [*map(Wanted, bits or (() if mixed else subject.held or subject.widths)), *mixed]
 
 
 def assignments_named(

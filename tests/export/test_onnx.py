@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from bitswitch.errors import UserError
 from bitswitch.export import graph as graph_module
 from bitswitch.export.float_graph import float_twin
 from bitswitch.export.onnx import export_file
+from bitswitch.models import build
 from bitswitch.runtime import Session, graph_report
 
 
@@ -159,6 +161,45 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, concatena
     with pytest.raises(UserError, match="does not compute"):
         bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
     assert (tmp_path / "m.onnx").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_it_is_held_against_the_model_at_the_widths_that_are_exported(tmp_path, concatenating, monkeypatch, from_file):
+    model, x = concatenating
+    bs.save(model, tmp_path / "a", example_inputs=x)
+    arrays = graph_module.IntegerGraph.arrays
+
+    def wrong(self, assignment, **options):
+        found = arrays(self, assignment, **options)
+        name = "squeeze.0.product.scale"
+        return found | ({name: -found[name]} if assignment["squeeze.0"] == 4 else {})
+
+    monkeypatch.setattr(graph_module.IntegerGraph, "arrays", wrong)
+    for wanted in (8, 4):
+        out = tmp_path / f"{wanted}.onnx"
+        with bs.switched(model, wanted):
+            if from_file:
+                export = functools.partial(export_file, tmp_path / "a", out, wanted=wanted, model=model)
+            else:
+                export = functools.partial(bs.export_onnx, model, out, example_inputs=x)
+            if wanted == 8:
+                export()
+            else:
+                with pytest.raises(UserError, match="does not compute what the model does at 4 bits"):
+                    export()
+        assert out.exists() == (wanted == 8)
+
+
+def test_a_network_that_magnifies_what_disturbs_it_exports_all_the_same(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 16, 16)
+    network = build("cifar_resnet20")
+    for _ in range(3):
+        network(x)
+    # Not trained for 2 bits: whatever rounds the other way changes all.
+    model = bs.quantize(network.eval(), example_inputs=x).eval()
+    bs.switch(model, 2)
+    bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
 
 
 def test_the_model_is_not_changed(attending):

@@ -259,6 +259,25 @@ def test_an_artifact_with_a_graph_loads_as_before(tmp_path, made, network):
     assert np.array_equal(torch_logits(loaded, images, 4), torch_logits(model, images, 4))
 
 
+def test_a_model_that_is_loaded_and_saved_keeps_the_graph_of_its_file(tmp_path, made, network):
+    path = tmp_path / "first"
+    path.write_bytes(made[2]["exact"].read_bytes())
+    loaded = bs.load(path, bits=2, model=network)
+    bs.upgrade(loaded)
+    bs.save(loaded, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    with torch.no_grad():
+        loaded.fc.bias.add_(1)
+    with pytest.warns(UserWarning, match="not kept: the model has changed since"):
+        bs.save(loaded, tmp_path / "changed")
+    assert "graph" not in artifact.read(tmp_path / "changed")[1]
+    loaded = bs.load(path, model=network)
+    path.unlink()
+    with pytest.warns(UserWarning, match="not kept: .*no such file"):
+        bs.save(loaded, tmp_path / "alone")
+    assert "graph" not in artifact.read(tmp_path / "alone")[1]
+
+
 def test_the_runtime_never_imports_torch(made, tmp_path):
     np.save(tmp_path / "x.npy", made[1].numpy())
     code = (

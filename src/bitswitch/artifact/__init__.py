@@ -1,6 +1,16 @@
 """The file: header, bit planes, tensors, read and write. NumPy and safetensors alone."""
 
-from bitswitch.artifact.file import Located, is_artifact, read, read_header, read_part, read_planes, write
+from bitswitch.artifact.file import (
+    Located,
+    graph_of,
+    is_artifact,
+    read,
+    read_header,
+    read_part,
+    read_planes,
+    served_widths,
+    write,
+)
 from bitswitch.artifact.frontier import check_choice, within_budget
 from bitswitch.artifact.header import Header, LayerEntry, tensor_name
 from bitswitch.artifact.planes import plane_bytes
@@ -10,12 +20,14 @@ __all__ = [
     "LayerEntry",
     "Located",
     "check_choice",
+    "graph_of",
     "is_artifact",
     "plane_bytes",
     "read",
     "read_header",
     "read_part",
     "read_planes",
+    "served_widths",
     "tensor_name",
     "within_budget",
     "write",

@@ -73,11 +73,34 @@ def write(path: str | Path, header: Header, tensors: Mapping[str, np.ndarray]) -
     _check_names(header, rest)
     for i, plane in enumerate(pack(codes, header.widths[0])):
         rest[plane_name(i)] = plane
-    checksums = {name: checksum(_NAMES[array.dtype], array.shape, array.tobytes()) for name, array in rest.items()}
-    content = save(rest, metadata={KEY: replace(header, checksums=checksums).to_text()})
+    content = save(rest, metadata={KEY: replace(header, checksums=_checksums(rest)).to_text()})
     if int.from_bytes(content[:8], "little") > MOST_TABLE_BYTES:
         raise UserError(f"{path}: the header would exceed {MOST_TABLE_BYTES:,} bytes: shorten provenance or frontier")
     files.write(path, content)
+
+
+def _checksums(stored: Mapping[str, np.ndarray]) -> dict[str, str]:
+    return {name: checksum(_NAMES[array.dtype], array.shape, array.tobytes()) for name, array in stored.items()}
+
+
+def graph_of(located: Located, header: Header, tensors: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """The graph of a file where the file holds one and just these tensors beside it, to write them again.
+
+    Args:
+        located: the file.
+        header, tensors: see `write`.
+
+    Raises:
+        UserError: the file is gone, cut off, altered, or another than it was.
+    """
+    rest = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    codes = [rest.pop(tensor_name(layer.name, "codes")) for layer in header.layers]
+    rest |= {plane_name(i): plane for i, plane in enumerate(pack(codes, header.widths[0]))}
+    known = {name: found for name, found in located.header.checksums.items() if name != GRAPH}
+    if GRAPH not in located.entries or _checksums(rest) != known:
+        return None
+    with opened(located.path) as source, _naming(located.path):
+        return _read(source, located, [GRAPH])[GRAPH]
 
 
 def read_header(path: str | Path) -> Header:
@@ -91,6 +114,16 @@ def read_header(path: str | Path) -> Header:
     """
     with opened(path) as source, _naming(path):
         return _locate(source, path).header
+
+
+def served_widths(path: str | Path) -> tuple[int, ...]:
+    """The widths whose planes a file holds, highest first: all of its header's, but where it is cut off.
+
+    Raises:
+        UserError: there is no such file, or it is not an artifact that this package reads.
+    """
+    with opened(path) as source, _naming(path):
+        return _served(source, _locate(source, path))
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -256,11 +289,20 @@ def _check_reach(source: Source, located: Located, names: Sequence[str]) -> None
     header, entries = located.header, located.entries
     if all(entries[name].stop <= source.size for name in names):
         return
-    whole = sum(entries[plane_name(i)].stop <= source.size for i in range(header.widths[0]))
-    served = [width for width in header.widths if bits_read(header.widths[0], width) <= whole]
+    whole, served = _whole(source, located), _served(source, located)
     what = f"it serves {served[0]} bits at most" if served else "it serves no width"
     advice = f"load bits={served[0]}, or fetch the rest" if served else "fetch the rest"
     raise Damaged(f"it is cut off after {source.size} bytes, with {whole} of {header.widths[0]} planes: {what}", advice)
+
+
+def _whole(source: Source, located: Located) -> int:
+    """How many planes the file holds."""
+    return sum(located.entries[plane_name(i)].stop <= source.size for i in range(located.header.widths[0]))
+
+
+def _served(source: Source, located: Located) -> tuple[int, ...]:
+    widths = located.header.widths
+    return tuple(width for width in widths if bits_read(widths[0], width) <= _whole(source, located))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bitswitch.cli.console import output
+from bitswitch.cli.console import errors, output
 
 
 def score_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
@@ -106,6 +106,8 @@ def show_exported(path: Path, document: dict[str, Any]) -> None:
     """What `export` wrote."""
     if document["graph_added"]:
         output.print(f"{path} holds its graph now: bitswitch.runtime.Session runs it", markup=False)
+    if not document["held_against_torch"]:
+        errors.print("not held against torch: the file does not name its network (--model)", markup=False)
     for row in document["files"]:
         output.print(f"{row['file']}: {row['bytes']:,} bytes", markup=False)
 
@@ -113,11 +115,12 @@ def show_exported(path: Path, document: dict[str, Any]) -> None:
 def show_bench(document: dict[str, Any]) -> None:
     """What `bench` measured."""
     costs = Table(title=f"{document['file']}: {document['file_bytes']:,} bytes", title_justify="left")
-    heads = ("bits", "bytes read", "narrowed", "torch switch ms", "session build ms", "session switch us", "peak MB")
+    heads = ("bits", "bytes read", "narrowed", "torch switch ms", "kept", "session build ms", "switch us", "peak MB")
     for column in heads:
         costs.add_column(column, justify="right")
     for row in document["widths"]:
-        rest = [row[key] for key in ("torch_switch_ms", "session_build_ms", "session_switch_us")]
+        timed = ("torch_switch_ms", "torch_kept_switch_ms", "session_build_ms", "session_switch_us")
+        rest = [row[key] for key in timed]
         peaks = "/".join("-" if row[key] is None else f"{row[key]:.0f}" for key in ("torch_peak_mb", "session_peak_mb"))
         numbers = ["-" if value is None else f"{value:.2f}" for value in rest]
         costs.add_row(str(row["bits"]), f"{row['bytes_read']:,}", f"{row['narrowed_bytes']:,}", *numbers, peaks)

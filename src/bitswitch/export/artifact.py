@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +50,8 @@ def save(
         provenance: plain JSON values, kept as they are.
         frontier: choices, as frontier.json lists them, from which `load(assignment="avg<=4")` picks.
         example_inputs: what the network is called with, a batch of real data: the network's graph is exported with it and
-            stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and `runtime`.
+            stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and `runtime`. Where it
+            is not given, a model that was loaded and has not changed keeps the graph of its file.
         additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`; or "exact".
 
     Raises:
@@ -62,7 +64,28 @@ def save(
         from bitswitch.export.graph import session_graph
 
         tensors[GRAPH] = session_graph(model, header, tensors, example_inputs, additions)
+    elif (graph := _graph_of_its_file(model, header, tensors)) is not None:
+        tensors[GRAPH] = graph
     artifact.write(path, header, tensors)
+
+
+def _graph_of_its_file(
+    model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.ndarray]
+) -> np.ndarray | None:
+    """The graph of the file that a model was loaded from; None where that has none, or the model has changed since."""
+    located = getattr(model, "bitswitch_located", None)
+    if not isinstance(located, artifact.Located) or GRAPH not in located.entries:
+        return None
+    reason = "the model has changed since"
+    try:
+        if (graph := artifact.graph_of(located, header, tensors)) is not None:
+            return graph
+    except UserError as error:
+        reason = str(error)
+    warnings.warn(
+        f"the graph of {located.path} is not kept: {reason}; example_inputs= makes a new one", UserWarning, stacklevel=3
+    )
+    return None
 
 
 def add_graph(

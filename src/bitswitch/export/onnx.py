@@ -1,6 +1,5 @@
 """`export_onnx`: one ONNX file for one assignment, in standard operations, checked before it is put in place."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -8,13 +7,14 @@ from typing import Any, Literal, get_args
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from torch import Tensor, nn
 
 from bitswitch import files
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError, nearest
 from bitswitch.export.artifact import Additions, contents
-from bitswitch.export.graph import IntegerGraph, compare, integer_graph
+from bitswitch.export.graph import IntegerGraph, hold_against, integer_graph
 from bitswitch.nn import widths
 from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
@@ -22,6 +22,8 @@ from bitswitch.runtime.source import read
 Weights = Literal["int8", "int4", "int2"]
 _BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
 _PACKED = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
+# How many inputs are drawn to hold a file against its model.
+_DRAWN_INPUTS = 8
 # The opset whose DequantizeLinear reads 2-bit integers, and the file format that has them.
 _INT2_OPSET, _INT2_IR_VERSION = 25, 13
 
@@ -61,40 +63,60 @@ def export_onnx(
     assignment = widths(model)
     content = _file(graph, assignment, weights)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    noise, _ = compare(model, assignment, inputs, _opened(content, weights))
-    if not math.isfinite(noise):
-        raise UserError(f"the exported {type(model).__name__} gives results that are not finite: nothing was written")
+    hold_against(model, assignment, inputs, _opened(content, weights))
     files.write(path, content)
 
 
 def export_file(
-    path: str | Path, out: str | Path, *, wanted: int | Mapping[str, int] | None = None, weights: Weights = "int8"
+    path: str | Path,
+    out: str | Path,
+    *,
+    wanted: int | Mapping[str, int] | None = None,
+    weights: Weights = "int8",
+    model: nn.Module | None = None,
+    example_inputs: Tensor | tuple[Any, ...] | None = None,
 ) -> Assignment:
-    """Write an ONNX file of an artifact that holds its graph; neither torch nor the network is needed.
+    """Write an ONNX file of an artifact that holds its graph; the network is not needed.
 
     Args:
         path: the artifact.
         out: the file; written whole or not at all.
         wanted: a width, or widths by layer over the highest; the highest where None.
         weights: see `export_onnx`.
+        model: what the artifact loads as: the file is held against it before it is put in place.
+        example_inputs: what it is called with for that; drawn from a normal distribution where None.
 
     Returns:
         The width of every layer.
 
     Raises:
-        UserError: the artifact cannot be used or holds no graph; there is no such width or layer; the file cannot be written.
+        UserError: the artifact cannot be used or holds no graph; there is no such width or layer; the file does not compute
+            what the model does, or cannot be written.
     """
     _check(weights)
     source = read(path)
     candidates = {layer.name: source.header.widths for layer in source.header.layers}
     highest = {name: found[0] for name, found in candidates.items()}
     assignment = Assignment.of(highest if wanted is None else wanted, layers=highest, widths=candidates)
-    model = ir.serde.deserialize_model(onnx.load_model_from_string(source.graph))
-    graph = IntegerGraph(model, source.bindings, source.header, source.tensors)
+    stored = ir.serde.deserialize_model(onnx.load_model_from_string(source.graph))
+    graph = IntegerGraph(stored, source.bindings, source.header, source.tensors)
     content = _file(graph, assignment.to_json(), weights)
-    _opened(content, weights)
+    executable = _opened(content, weights)
+    if model is not None:
+        inputs = _drawn(executable) if example_inputs is None else example_inputs
+        hold_against(model, assignment, inputs if isinstance(inputs, tuple) else (inputs,), executable)
     files.write(out, content)
     return assignment
+
+
+def _drawn(executable: Executable) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(
+        torch.randn(_DRAWN_INPUTS, *shape, generator=generator)
+        if kind == "tensor(float)"
+        else torch.zeros(_DRAWN_INPUTS, *shape, dtype=torch.int64)
+        for kind, shape in executable.inputs
+    )
 
 
 def _opened(content: bytes, weights: str) -> Executable:

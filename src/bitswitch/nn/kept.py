@@ -1,11 +1,12 @@
 """Float weights that were made from integer codes, and are kept while their width is in use."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitswitch.codes import narrow
+from bitswitch.codes import narrow_in_unit
 from bitswitch.nn.quantizers import WeightQuantizer
 
 
@@ -33,7 +34,7 @@ class KeptWeights:
         self._made_of: tuple[int, ...] = ()
 
     def at(self, codes: Tensor, quantizer: WeightQuantizer, width: int, *, lent: bool) -> Tensor:
-        """`narrow(codes) * s_h * 2^(h-l)`, kept or made now.
+        """`narrow(codes) * 2^(h-l) * s_h`, kept or made now.
 
         Args:
             codes: of the highest width, int8.
@@ -53,7 +54,7 @@ class KeptWeights:
         weight = self._weights.pop(width, None)
         if weight is None:
             # In inference mode the weight would be one that no later backward to an input may use.
-            with torch.inference_mode(False):
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
                 weight = _dequantized(codes, self._scale, quantizer.high, width, out=self._spare())
         # What stands for a tensor while a tracer runs must not outlive it.
         if type(weight) is Tensor:
@@ -76,10 +77,11 @@ class KeptWeights:
 
 
 def _dequantized(codes: Tensor, scale: Tensor, high: int, width: int, out: Tensor | None = None) -> Tensor:
-    narrowed = narrow(codes, high, width)
+    # In the unit of the highest width: the same product to the last bit, since the two differ by a power of two.
+    narrowed = narrow_in_unit(codes, high, width)
     # The first touch of new memory costs as much as all the arithmetic.
     weight = narrowed.to(scale.dtype) if out is None else out.copy_(narrowed)
-    return weight.mul_(scale * 2 ** (high - width))
+    return weight.mul_(scale)
 
 
 def _version(tensor: Tensor) -> int:

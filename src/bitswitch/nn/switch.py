@@ -46,10 +46,11 @@ def switch(model: nn.Module, wanted: int | Mapping[str, int]) -> None:
         layers={name: layer.width for name, layer in layers.items()},
         widths={name: layer.widths for name, layer in layers.items()},
     )
-    for name, width in chosen.items():
-        layers[name].check_served(width)
-    for name, width in chosen.items():
-        layers[name].width = width
+    pairs = [(layers[name], width) for name, width in chosen.to_json().items()]
+    for layer, width in pairs:
+        layer.check_served(width)
+    for layer, width in pairs:
+        layer.width = width
 
 
 @contextmanager
