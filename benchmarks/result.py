@@ -2,10 +2,13 @@
 
 import json
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from scipy.stats import quantile_test
 
 from bitswitch.machine import machine, source_commit
 
@@ -58,3 +61,14 @@ def write(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def spread(ratios: Sequence[float]) -> dict[str, Any]:
+    """The median of ratios of pairs, its 95 % interval by order statistics, and the quartiles."""
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    bounds = quantile_test(list(ratios), q=middle, p=0.5).confidence_interval(0.95)
+    return {
+        "ratio": round(middle, 3),
+        "ratio_bounds": [round(float(bound), 3) for bound in bounds],
+        "ratio_quartiles": [round(low, 3), round(high, 3)],
+    }

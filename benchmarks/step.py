@@ -1,19 +1,19 @@
 """What one training step costs, quantized against float, and against brevitas where it is installed. On the CPU.
 
-    python benchmarks/step.py [--pairs 10] [--networks ...] [--dtypes ...] [--quick] [--json OUT.json]
+    python benchmarks/step.py [--compile] [--pairs 15] [--networks ...] [--dtypes ...] [--quick] [--json OUT.json]
 
 A step is forward, backward and optimizer, at one width. Every quantized step is timed right after a float step of the same
-network on the same batch (A B A B ...); a row gives the median of the pairs' ratios, and their quartiles. Both sides have
-fused Adams; ours has two, and ALRS. Brevitas gets the same layers quantized at 4 bits: before every convolution a QuantReLU
-with a learned scale (all those inputs are outputs of a ReLU already), in it QuantConv2d's own choice of weight scale.
+network on the same batch (A B A B ...); a row gives the median of the pairs' ratios with its 95 % interval (order statistics),
+and their quartiles. Both sides have fused Adams; ours has two, and ALRS. With --compile the float network goes through
+torch.compile, ours through bitswitch.nn.one_graph, one graph for all widths. Brevitas is not compiled, and gets the same
+layers quantized at 4 bits: before every convolution a QuantReLU with a learned scale (all those inputs are outputs of a ReLU
+already), in it QuantConv2d's own choice of weight scale.
 """
 
 import argparse
 import copy
 import importlib
 import importlib.util
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bitswitch as bs
-from bitswitch.machine import machine, source_commit
+import result
 from bitswitch.models import build
+from bitswitch.nn.one_graph import OneGraph
 
 WIDTHS = (8, 4, 2)
 BREVITAS_BITS = 4
@@ -50,38 +51,41 @@ class Case:
     image: int
     dtype: str
     memory_format: str
+    compiled: bool
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bfloat16 is autocast, float32 is as it is."""
         return torch.autocast("cpu", torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
 
-    def backward(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
+    def backward(self, forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
         """Forward and backward."""
         with self.autocast():
-            loss = F.cross_entropy(model(x), y)
+            loss = F.cross_entropy(forward(x), y)
         loss.backward()
 
 
-def plain_step(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> Step:
+def plain_step(case: Case, model: nn.Module, x: Tensor, y: Tensor, *, compiled: bool) -> Step:
+    forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, fused=True)
 
     def step() -> None:
-        case.backward(model, x, y)
+        case.backward(forward, x, y)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
 
 
-def quantized_step(
-    case: Case, model: nn.Module, optimizer: bs.MultiPrecisionOptimizer, width: int, x: Tensor, y: Tensor
-) -> Step:
-    def step() -> None:
+def quantized_steps(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Step]:
+    forward = OneGraph(model) if case.compiled else model
+    optimizer = bs.MultiPrecisionOptimizer(model, lr=LR, weight_decay=WEIGHT_DECAY)
+
+    def step(width: int) -> None:
         with bs.switched(model, width):
-            case.backward(model, x, y)
+            case.backward(forward, x, y)
         optimizer.step(width)
 
-    return step
+    return {f"{width} bits": lambda width=width: step(width) for width in WIDTHS}
 
 
 def brevitas_network(model: nn.Module, names: list[str]) -> nn.Module:
@@ -118,13 +122,12 @@ def sides(case: Case) -> tuple[Step, dict[str, Step]]:
     network = build(case.network, {"num_classes": classes}).to(memory_format=FORMATS[case.memory_format])
     x = torch.randn(case.batch, 3, case.image, case.image).to(memory_format=FORMATS[case.memory_format])
     y = torch.randint(classes, (case.batch,))
-    model = bs.quantize(network, bits=WIDTHS, example_inputs=x)
-    optimizer = bs.MultiPrecisionOptimizer(model, lr=LR, weight_decay=WEIGHT_DECAY)
-    steps = {f"{width} bits": quantized_step(case, model, optimizer, width, x, y) for width in WIDTHS}
+    model = bs.quantize(network, bits=WIDTHS, example_inputs=x[:16])
+    steps = quantized_steps(case, model, x, y)
     if importlib.util.find_spec("brevitas"):
         rival = brevitas_network(network, list(bs.widths(model)))
-        steps[f"brevitas {BREVITAS_BITS} bits"] = plain_step(case, rival, x, y)
-    return plain_step(case, network, x, y), steps
+        steps[f"brevitas {BREVITAS_BITS} bits"] = plain_step(case, rival, x, y, compiled=False)
+    return plain_step(case, network, x, y, compiled=case.compiled), steps
 
 
 def seconds(step: Step) -> float:
@@ -136,6 +139,7 @@ def seconds(step: Step) -> float:
 def measure(case: Case, pairs: int, warmup: int) -> list[dict[str, Any]]:
     """A row for every step that is held against the float step."""
     reference, steps = sides(case)
+    first = {name: seconds(step) for name, step in {"float": reference, **steps}.items()}
     for step in (reference, *steps.values()):
         for _ in range(warmup):
             step()
@@ -144,34 +148,33 @@ def measure(case: Case, pairs: int, warmup: int) -> list[dict[str, Any]]:
     for _ in range(pairs):
         for name, step in steps.items():
             timed[name].append((seconds(reference), seconds(step)))
-    return [summary(case, name, times) for name, times in timed.items()]
+    return [summary(case, name, times) | {"first_s": round(first[name], 1)} for name, times in timed.items()]
 
 
 def summary(case: Case, name: str, times: list[tuple[float, float]]) -> dict[str, Any]:
     ratios = [side / reference for reference, side in times]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
         **vars(case),
         "step": name,
         "float_ms": round(1e3 * statistics.median(reference for reference, _ in times), 3),
         "step_ms": round(1e3 * statistics.median(side for _, side in times), 3),
-        "ratio": round(middle, 3),
-        "ratio_quartiles": [round(low, 3), round(high, 3)],
+        **result.spread(ratios),
         "pairs_ms": [[round(1e3 * reference, 3), round(1e3 * side, 3)] for reference, side in times],
     }
 
 
-COLUMNS = ["network", "batch", "image", "dtype", "step", "float ms", "step ms", "ratio", "quartiles"]
+COLUMNS = ["network", "batch", "image", "dtype", "step", "float ms", "step ms", "ratio", "95 % interval", "quartiles"]
 
 
 def cells(measured: dict[str, Any]) -> list[Any]:
     """A line of the table, in the order of COLUMNS."""
     names = ("network", "batch", "image", "dtype", "step", "float_ms", "step_ms", "ratio")
-    return [*(measured[name] for name in names), "{:.2f}-{:.2f}".format(*measured["ratio_quartiles"])]
+    spans = ("{:.2f}-{:.2f}".format(*measured[f"ratio_{span}"]) for span in ("bounds", "quartiles"))
+    return [*(measured[name] for name in names), *spans]
 
 
 def show(rows: list[list[Any]]) -> None:
-    line = "{:<16}{:>6}{:>7}  {:<10}{:<16}{:>9}{:>9}{:>7}  {}"
+    line = "{:<16}{:>6}{:>7}  {:<10}{:<16}{:>9}{:>9}{:>7}  {:<14}{}"
     print(line.format(*COLUMNS))
     for row in rows:
         print(line.format(*(f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row)))
@@ -179,12 +182,13 @@ def show(rows: list[list[Any]]) -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=10, help="float and quantized steps timed, at least 2")
+    parser.add_argument("--pairs", type=int, default=15, help="float and quantized steps timed, at least 2")
     parser.add_argument("--networks", nargs="+", choices=IMAGE, default=list(IMAGE))
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--cifar-batch", type=int, default=128)
-    parser.add_argument("--resnet18-batch", type=int, default=8)
+    parser.add_argument("--resnet18-batch", type=int, default=32)
     parser.add_argument("--memory-format", choices=FORMATS, default="contiguous")
+    parser.add_argument("--compile", action="store_true", help="both sides compiled")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--warmup", type=int, default=3, help="steps of each kind that are not timed")
     parser.add_argument("--quick", action="store_true", help="tiny batches and images: does it run, not how fast")
@@ -213,6 +217,7 @@ def main() -> None:
                 image=32 if options.quick else IMAGE[network],
                 dtype=dtype,
                 memory_format=options.memory_format,
+                compiled=options.compile,
             )
             measured += measure(case, options.pairs, 1 if options.quick else options.warmup)
     rows = [cells(m) for m in measured]
@@ -224,24 +229,21 @@ def main() -> None:
 def write(options: argparse.Namespace, rows: list[list[Any]], measured: list[dict[str, Any]]) -> None:
     """A result file, as `make results` reads it, with every single time beside the table."""
     brevitas = getattr(sys.modules.get("brevitas"), "__version__", None)
-    document = {
-        "title": "One training step, quantized against float, on the CPU" + (" (QUICK: NO RESULT)" * options.quick),
-        # Where the file was written to is nobody else's business.
-        "command": shlex.join(
-            ["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]
-        ),
-        "data": "random",
-        "split": "none",
-        "seeds": [0],
-        "commit": source_commit(),
-        "machine": machine(),
-        "note": f"{options.memory_format}, {options.pairs} pairs, median and quartiles of their ratios; brevitas {brevitas}.",
-        "columns": COLUMNS,
-        "rows": rows,
-        "measured": measured,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
+    first = ", ".join(
+        sorted({f"{m['network']} {m['dtype']} {m['first_s']} s" for m in measured if m["step"] == "8 bits"})
+    )
+    result.write(
+        options.json,
+        title="One training step, quantized against float, on the CPU"
+        + (", compiled" if options.compile else ", not compiled")
+        + (" (QUICK: NO RESULT)" * options.quick),
+        note=f"{options.memory_format}, {options.pairs} pairs, median of their ratios, its 95 % interval, quartiles; "
+        + (f"our first step, compilation included (cached or not): {first}; " if options.compile else "")
+        + f"brevitas {brevitas}, never compiled.",
+        columns=COLUMNS,
+        rows=rows,
+        measured=measured,
+    )
 
 
 if __name__ == "__main__":
