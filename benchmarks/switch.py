@@ -140,7 +140,9 @@ def main() -> None:
         ]
         document = {
             "title": f"Switching every layer of {options.network} in torch, on the CPU",
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(
+                ["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]
+            ),
             "data": "random",
             "split": "none",
             "seeds": [0],
