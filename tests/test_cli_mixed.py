@@ -339,11 +339,6 @@ def test_what_cannot_be_exported(capsys, copied, words, expected):
     assert (copied / "supernet.safetensors").read_bytes() == before and not (copied / "onnx").exists()
 
 
-def test_an_artifact_that_is_missing_is_named(capsys, tmp_path):
-    file = tmp_path / "missing.safetensors"
-    one_line(call(capsys, "export", file), f"{file}: there is no such file")
-
-
 def test_a_recipe_that_has_not_run_cannot_be_exported(capsys, tmp_path):
     one_line(call(capsys, "export", "digits", "--out", tmp_path / "none"), "stage train is not done")
     missing = tmp_path / "missing.safetensors"
