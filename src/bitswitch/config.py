@@ -148,6 +148,13 @@ class SearchPart(_Part):
     genetic_evaluations: int = Field(0, ge=0)
     val_images: int = Field(10_000, ge=0)
 
+    @field_validator("budgets")
+    @classmethod
+    def _budgets(cls, value: Any) -> Any:
+        if value is not None and (not value or {} in value):
+            raise ValueError("give at least one budget, each with a cost, such as [4, {bits: 3, bytes: 90000}]")
+        return value
+
 
 class Recipe(_Part):
     """A whole run."""
@@ -272,11 +279,18 @@ def _first(error: ValidationError, value: Any) -> str:
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        return f"unknown key {key!r}{nearest(location[-1], known)}; known here: {', '.join(known)}"
+        elsewhere = [f"{part}.{key}" for part in _PARTS if key in _known_keys([part])]
+        hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest(location[-1], known)
+        return f"unknown key {key!r}{hint}; known here: {', '.join(known)}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
+    if first["type"] == "model_type":
+        return f"{key}={first['input']!r}: give its keys, such as {key}.{_known_keys(location)[0]}=..."
     message = first["msg"].removeprefix("Value error, ")
     return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}" if key != "bits" else message
+
+
+_PARTS = ("model", "data", "pretrain", "train", "sensitivity", "supernet", "search")
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:

@@ -260,9 +260,10 @@ def _begin(run: Run, data: DataSet, stage: str) -> dict[str, Any] | None:
         # What a training would take up. The file of a stage that has none is replaced when the new one is there.
         run.directory.checkpoint(stage).unlink(missing_ok=True)
     elif record["inputs"] != inputs:
+        differ = [name for name in {**record["inputs"], **inputs} if record["inputs"].get(name) != inputs.get(name)]
         raise UserError(
             f"{run.directory.path}: the {stage} stage was made from other inputs than are there now "
-            f"({'; '.join(changes(record['inputs'], inputs))}): do it again with bitswitch {stage} {run.name} --fresh"
+            f"({', '.join(differ)} changed): do it again with bitswitch {stage} {run.name} --fresh"
         )
     elif _is_done(run, record):
         for name, digest in record["outputs"].items():
