@@ -386,14 +386,14 @@ def _bytes(lowering: Lowering, node: ir.Node, product: Product) -> list[ir.Node]
     )
     chain = _Chain(prefix)
     inputs = [
-        chain.add("DequantizeLinear", given.inputs, key, **given.attributes)
+        chain.add("DequantizeLinear", given.inputs, key, given.attributes)
         for key, given in zip(("dequantized", "weight", "float_bias"), _dequantizers(node), strict=True)
     ]
-    x = chain.add("Conv", inputs, "conv", **node.attributes)
+    x = chain.add("Conv", inputs, "conv", node.attributes)
     x = chain.add("QuantizeLinear", [x, one, zero], "bytes")
     x = chain.add("DequantizeLinear", [x, one, zero], "steps")
     # Not a multiplication and an addition: ONNX Runtime would carry them into the convolution's layout, where they are slow.
-    chain.add("BatchNormalization", [x, step, offset, mean, variance], "result", epsilon=0.0)
+    chain.add("BatchNormalization", [x, step, offset, mean, variance], "result", {"epsilon": 0.0})
     return chain.nodes
 
 
@@ -405,10 +405,16 @@ class _Chain:
     nodes: list[ir.Node] = field(default_factory=list)
 
     def add(
-        self, op: str, inputs: Sequence[ir.Value | None], name: str, *, domain: str = "", **attributes: Any
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
     ) -> ir.Value:
         outputs = [ir.Value(name=f"{self.prefix}.{name}")]
-        self.nodes.append(ir.node(op, inputs, attributes or None, outputs=outputs, domain=domain))
+        self.nodes.append(ir.node(op, inputs, attributes, outputs=outputs, domain=domain))
         return self.nodes[-1].outputs[0]
 
 
@@ -436,7 +442,7 @@ def _sums(lowering: Lowering, node: ir.Node, product: Product) -> list[ir.Node]:
     strides = node.attributes.get_ints("strides", (1, 1))
     dilations = node.attributes.get_ints("dilations", (1, 1))
     chain = _Chain(product.prefix)
-    x = chain.add("Transpose", [codes], "channels_last", perm=[0, 2, 3, 1])
+    x = chain.add("Transpose", [codes], "channels_last", {"perm": [0, 2, 3, 1]})
     if any(pads):
         x = chain.add("Pad", [x, _whole(lowering, [0, *pads[:2], 0, 0, *pads[2:], 0]), zero], "padded")
     for axis in (2, 1):
@@ -444,12 +450,12 @@ def _sums(lowering: Lowering, node: ir.Node, product: Product) -> list[ir.Node]:
     weight, weight_scale, weight_zero, bias = (
         lowering.constant(f"{product.prefix}.{key}") for key in ("codes", "sum_scale", "sum_zero", "sum_bias")
     )
-    matrix = chain.add("Transpose", [weight], "last", perm=[2, 3, 1, 0])
+    matrix = chain.add("Transpose", [weight], "last", {"perm": [2, 3, 1, 0]})
     matrix = chain.add("Reshape", [matrix, _whole(lowering, [-1, shape[0]])], "matrix")
     lowering.model.opset_imports[ORT_DOMAIN] = 1
     inputs = [x, matrix, scale, weight_scale, zero, weight_zero, bias]
     x = chain.add(SUMS, inputs, "sums", domain=ORT_DOMAIN)
-    chain.add("Transpose", [x], "channels_first", perm=[0, 3, 1, 2])
+    chain.add("Transpose", [x], "channels_first", {"perm": [0, 3, 1, 2]})
     return chain.nodes
 
 
@@ -465,7 +471,7 @@ def _windows(
         end = (i + 1 - size) * dilation or np.iinfo(np.int32).max
         arguments = [_whole(lowering, [number]) for number in (i * dilation, end, axis, stride)]
         taken.append(chain.add("Slice", [x, *arguments], f"axis{axis}.{i}"))
-    return taken[0] if size == 1 else chain.add("Concat", taken, f"axis{axis}", axis=3)
+    return taken[0] if size == 1 else chain.add("Concat", taken, f"axis{axis}", {"axis": 3})
 
 
 def _whole(lowering: Lowering, numbers: Sequence[int]) -> ir.Value:
@@ -521,8 +527,8 @@ def _int32(lowering: Lowering, node: ir.Node, product: Product) -> list[ir.Node]
         lowering.constant(f"{product.prefix}.{key}") for key in ("codes", "zero", "multiplier", "offset")
     )
     chain = _Chain(product.prefix)
-    x = chain.add("ConvInteger", [codes, weight, zero, weight_zero], "int32", **node.attributes)
-    x = chain.add("Cast", [x], "sum", to=ir.DataType.FLOAT)
+    x = chain.add("ConvInteger", [codes, weight, zero, weight_zero], "int32", node.attributes)
+    x = chain.add("Cast", [x], "sum", {"to": ir.DataType.FLOAT})
     x = chain.add("Mul", [x, multiplier], "scaled")
     chain.add("Add", [x, offset], "result")
     return chain.nodes
@@ -536,7 +542,7 @@ def standard_sums(model: ir.Model) -> None:
         x, matrix, scale, weight_scale, zero, weight_zero, bias = node.inputs
         chain = _Chain(str(node.outputs[0].name))
         x = chain.add("DequantizeLinear", [x, scale, zero], "patches")
-        matrix = chain.add("DequantizeLinear", [matrix, weight_scale, weight_zero], "matrix", axis=1)
+        matrix = chain.add("DequantizeLinear", [matrix, weight_scale, weight_zero], "matrix", {"axis": 1})
         x = chain.add("MatMul", [x, matrix], "product")
         x = chain.add("Add", [x, bias], "biased")
         model.graph.insert_before(node, chain.nodes)

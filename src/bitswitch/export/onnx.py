@@ -184,8 +184,9 @@ def _decide(graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> None:
             graph.insert_before(node, inner)
         identity = new.producer()
         if identity is not None and identity.op_type == "Identity":
-            (new,) = identity.inputs
-            assert new is not None
+            given = identity.inputs[0]
+            assert given is not None
+            new = given
             graph.remove(identity, safe=False)
         if old.is_graph_output():
             graph.outputs[graph.outputs.index(old)] = new
