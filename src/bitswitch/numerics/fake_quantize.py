@@ -73,6 +73,16 @@ def _kept(ctx: Any) -> tuple[Any, ...]:
     return tuple(plain if saved is None else saved for saved, plain in zip(ctx.saved_tensors, ctx.plain, strict=True))
 
 
+def _product(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`codes * scale` as `dtype`, in the memory of `codes` where nobody compiles.
+
+    torch 2.11 compiles a Function to one without gradients where its result is another tensor's memory: that of an operation
+    in place, or of a conversion to the dtype that it has already.
+    """
+    result = codes * scale if torch.compiler.is_compiling() else codes.mul_(scale)
+    return result if result.dtype == dtype else result.to(dtype)
+
+
 class _NarrowedWeight(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -83,7 +93,7 @@ class _NarrowedWeight(torch.autograd.Function):
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         codes = narrowed_codes(wide, scale, high=high, low=low, narrowing=narrowing)
         # An integer cannot carry a NaN on to the loss; adding 0 * W does, and changes no finite result.
-        return (codes * (scale * (1 << (high - low)))).add_(wide * 0).to(weight.dtype)
+        return _product(codes + wide * 0, scale * (1 << (high - low)), weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
@@ -157,9 +167,9 @@ class _LearnedStep(torch.autograd.Function):
         step = scale.to(wide)
         v = x.to(wide).div(step).round_()
         if offset is None:
-            return v.clamp_(least, greatest).mul_(step).to(x.dtype)
+            return _product(v.clamp_(least, greatest), step, x.dtype)
         shift = zero_point(offset.to(wide), step, greatest)
-        return v.add_(shift).clamp_(least, greatest).sub_(shift).mul_(step).to(x.dtype)
+        return _product(v.add_(shift).clamp_(least, greatest).sub_(shift), step, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
