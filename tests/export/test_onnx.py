@@ -176,7 +176,8 @@ def test_it_is_held_against_the_model_at_the_widths_that_are_exported(tmp_path, 
     def wrong(self, assignment, **options):
         found = arrays(self, assignment, **options)
         name = "squeeze.0.product.sum_scale"
-        return found | ({name: -found[name]} if assignment["squeeze.0"] == 4 else {})
+        # Where ranges are looked for, there are no such sums yet.
+        return found | ({name: -found[name]} if assignment["squeeze.0"] == 4 and name in found else {})
 
     monkeypatch.setattr(graph_module.IntegerGraph, "arrays", wrong)
     for wanted in (8, 4):
