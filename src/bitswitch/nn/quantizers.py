@@ -19,12 +19,14 @@ from bitswitch.numerics.scales import GREATEST_SCALE, LEAST_SCALE
 InputKind = Literal["unsigned", "signed", "zero_point"]
 ScaleForm = Literal["raw", "log"]
 # "double_rounding" is the method; "per_width" is the paper's variant with one weight scale for each width; "lsq", "adabits"
-# and "bit_mixer" are the rivals of its figure 2. All but the first keep a float master and cannot be saved as an artifact.
-Method = Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer"]
+# and "bit_mixer" are the rivals of its figure 2, "centred" is a candidate (docs/results.md). All but the first keep a float
+# master and cannot be saved as an artifact.
+Method = Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer", "centred"]
 _NARROWINGS: dict[Method, Narrowing] = {
     "double_rounding": "half_up",
     "adabits": "floor",
     "bit_mixer": "floor_symmetric",
+    "centred": "centred",
 }
 
 
@@ -83,7 +85,7 @@ class WeightQuantizer(Quantizer):
     Args:
         widths: candidate widths, highest first.
         shape: the scale's shape: () per tensor, or [out, 1, ...] per channel.
-        method: "double_rounding" (arXiv 2502.01199, section 3), or the rivals "adabits" and "bit_mixer".
+        method: "double_rounding" (arXiv 2502.01199, section 3), or, to compare with, "adabits", "bit_mixer", "centred".
         form: what is learned, the scale or its logarithm.
         lsq_factor: multiply scale gradients by 1 / sqrt(N Qp).
     """
