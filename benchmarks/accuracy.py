@@ -60,13 +60,25 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "kd-highest": ("train.distillation.teacher=highest",),
     "per-channel": ("train.per_channel=true",),
     "accumulate": ("train.order=accumulate",),
+    "centred": ("train.method=centred",),
     **{method.replace("_", "-"): (f"train.method={method}",) for method in RIVALS},
     **{f"lsq-{bits}-alone": ("train.method=lsq", f"bits=[{bits}]") for bits in (8, 4, 2)},
     "ours-432": ("bits=[4, 3, 2]",),
     "paper-432": ("bits=[4, 3, 2]", *PAPER),
 }
 _SCREENED = (
-    *("ours", "paper", "alrs-off", "kd-float", "kd-highest", "per-channel", "accumulate", "raw", "eta-paper"),
+    *(
+        "ours",
+        "paper",
+        "centred",
+        "alrs-off",
+        "kd-float",
+        "kd-highest",
+        "per-channel",
+        "accumulate",
+        "raw",
+        "eta-paper",
+    ),
     *("raw-eta-paper", "raw-alrs-off", "lsq"),
 )
 _DECIDED = ("ours", "paper", "lsq", "ours-432", "paper-432", "lsq-8-alone", "lsq-4-alone", "lsq-2-alone", *RIVALS[1:3])
