@@ -2,7 +2,7 @@
 
 Weights and traces are random: the programme's time depends on its tables' sizes, hardly on their values; 5 draws are timed.
 
-    python benchmarks/programme.py results/programme.json [--budgets 50] [--draws 5]
+    python benchmarks/programme.py results/performance/programme.json [--budgets 50] [--draws 5]
 """
 
 import argparse

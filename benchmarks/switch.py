@@ -1,6 +1,6 @@
 """What an artifact costs on the disk, to read, and to switch: ResNet50 in torch, every layer.
 
-    python benchmarks/switch.py [--pairs 20] [--network resnet50] [--json results/switch.json]
+    python benchmarks/switch.py [--pairs 20] [--network resnet50] [--json results/performance/switch.json]
 
 A switch is `bs.switch` and every layer's float weight made anew from its codes, as the first forward after it does. It is held
 against one pass that reads the codes and writes float weights, in two forms: `codes.float() * scale`, new weights, which

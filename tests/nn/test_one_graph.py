@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
-from torch.torch_version import TorchVersion
 
 import bitswitch as bs
 from bitswitch.nn import make_transitional, quantized_layers
@@ -108,14 +107,6 @@ def test_the_twin_has_no_memory_of_its_own():
     assert {tensor.device.type for tensor in OneGraph(model, compiled=False).twin.state_dict().values()} == {"meta"}
 
 
-def test_a_torch_that_compiles_wrong_gradients_is_refused(monkeypatch):
-    model, _ = quantized()
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0"))
-    with pytest.raises(ValueError, match=r"torch 2.11.0 compiles wrong gradients; use 2.14 or later, or compile=false"):
-        OneGraph(model)
-
-
-@pytest.mark.skipif(torch.__version__ < "2.14", reason="refused")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
 def test_one_compiled_graph_serves_all_widths_and_mixtures():
     model, x = quantized()

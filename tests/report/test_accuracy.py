@@ -7,6 +7,7 @@ import pytest
 
 import accuracy
 from bitswitch.errors import UserError
+from bitswitch.models.weights import read_weights
 from bitswitch.report import update
 from bitswitch.report.accuracy import accuracy_tables
 
@@ -105,14 +106,8 @@ def test_every_job_of_the_queue_is_one_and_another_is_refused():
             accuracy.parts(job)
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("accuracy")
-    return accuracy.Places(None, None, folder / "work", folder / "results")
-
-
 @pytest.fixture
-def digits(monkeypatch):
+def places(monkeypatch, tmp_path):
     """The benchmark on small data, with one epoch of each training."""
     monkeypatch.setattr(accuracy, "RECIPE", "digits")
     monkeypatch.setattr(accuracy, "NORMALIZED", ())
@@ -123,9 +118,10 @@ def digits(monkeypatch):
         "decide": accuracy.Schedule(("train.epochs=2",), ("val", "test")),
     }
     monkeypatch.setattr(accuracy, "SCHEDULES", short)
+    return accuracy.Places(None, None, tmp_path / "work", tmp_path / "results")
 
 
-def test_jobs_from_the_float_network_to_the_document(digits, places, capsys, tmp_path):
+def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
     with pytest.raises(SystemExit, match="do float-seed0 first"):
         accuracy.do("screen-ours-seed0", places)
     jobs = ("float-seed0", "screen-raw-seed0", "decide-lsq-seed0")
@@ -146,10 +142,15 @@ def test_jobs_from_the_float_network_to_the_document(digits, places, capsys, tmp
             assert len(document["means_over_layers"][width]["weight_scale"]) == document["epochs"]
             assert len(document["layers_of_the_last_epoch"][width]["input_move"]) == 6
 
-    text = (tmp_path / "d.md").write_text("<!-- results:begin --><!-- results:end -->")
+    (tmp_path / "d.md").write_text("<!-- results:begin --><!-- results:end -->")
     update(tmp_path / "d.md", places.results)
     text = (tmp_path / "d.md").read_text()
     assert "screen, 1 epochs" in text and "decide, 2 epochs" in text and "| raw | `train.scale_form=raw` | 0 |" in text
+
+    # The pretrain stage of a job takes no step: its network is the file's.
+    kept = read_weights(places.results / "float-seed0.safetensors")
+    used = read_weights(places.work / "screen-raw-seed0" / "checkpoints" / "pretrain.pt")
+    assert kept.keys() == used.keys() and all(kept[name].equal(used[name]) for name in kept)
 
     stamps = {path: path.stat().st_mtime_ns for path in places.results.iterdir()}
     capsys.readouterr()
@@ -157,12 +158,3 @@ def test_jobs_from_the_float_network_to_the_document(digits, places, capsys, tmp
         accuracy.do(job, places)
     assert capsys.readouterr().out.count("nothing to do") == 3
     assert {path: path.stat().st_mtime_ns for path in places.results.iterdir()} == stamps
-
-
-def test_all_trainings_of_a_seed_start_from_the_kept_weights(digits, places):
-    """The pretrain stage of a job takes no step: its network is the file's."""
-    from bitswitch.models.weights import read_weights
-
-    kept = read_weights(places.results / "float-seed0.safetensors")
-    used = read_weights(places.work / "screen-raw-seed0" / "checkpoints" / "pretrain.pt")
-    assert kept.keys() == used.keys() and all(kept[name].equal(used[name]) for name in kept)

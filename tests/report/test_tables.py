@@ -49,11 +49,12 @@ def test_bad_files(tmp_path):
         update(tmp_path / "d.md", tmp_path)
 
 
-def test_the_readme_holds_what_the_result_files_say(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text((ROOT / "README.md").read_text())
-    update(copy, ROOT / "results")
-    assert copy.read_text() == (ROOT / "README.md").read_text(), "run: make results"
+@pytest.mark.parametrize(("document", "results"), [("README.md", "."), ("docs/performance.md", "performance")])
+def test_documents_hold_what_the_result_files_say(tmp_path, document, results):
+    copy = tmp_path / "copy.md"
+    copy.write_text((ROOT / document).read_text())
+    update(copy, ROOT / "results" / results)
+    assert copy.read_text() == (ROOT / document).read_text(), "run: make results"
 
 
 def test_what_benchmarks_write_is_a_table(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch._functorch import config as partitioner
 from torch.func import functional_call
 
-from bitswitch.errors import UserError
 from bitswitch.nn.layers import QuantizedLayer
 from bitswitch.nn.norm import SwitchableBatchNorm
 from bitswitch.nn.plan import become
@@ -29,9 +28,6 @@ class OneGraph:
     Args:
         model: made by `bitswitch.quantize`, with float weights.
         compiled: False computes the twin as it is, to find out what is the compiler's doing.
-
-    Raises:
-        UserError: this torch compiles it to wrong gradients.
     """
 
     def __init__(self, model: nn.Module, *, compiled: bool = True) -> None:
@@ -51,11 +47,6 @@ class OneGraph:
         self._numbers: dict[tuple[str, int | float, torch.device], Tensor] = {}
         self._call: Callable[..., Any] = self._of_tensors
         if compiled:
-            # Seen with 2.11: the first layer's gradient was another than the model's own. 2.14 is right.
-            if torch.__version__ < "2.14":
-                raise UserError(
-                    f"compile: torch {torch.__version__} compiles wrong gradients; use 2.14 or later, or compile=false"
-                )
             self._call = torch.compile(self._of_tensors, backend=_inductor, dynamic=False)
 
     def __call__(self, *inputs: Any) -> Any:

@@ -82,6 +82,16 @@ def _kept(ctx: Any) -> tuple[Any, ...]:
     return tuple(plain if saved is None else saved for saved, plain in zip(ctx.saved_tensors, ctx.plain, strict=True))
 
 
+def _product(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`codes * scale` as `dtype`, in the memory of `codes` where nobody compiles.
+
+    torch 2.11 compiles a Function to one without gradients where its result is another tensor's memory: that of an operation
+    in place, or of a conversion to the dtype that it has already.
+    """
+    result = codes * scale if torch.compiler.is_compiling() else codes.mul_(scale)
+    return result if result.dtype == dtype else result.to(dtype)
+
+
 class _NarrowedWeight(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -94,7 +104,7 @@ class _NarrowedWeight(torch.autograd.Function):
         # An integer cannot carry a NaN on to the loss; adding 0 * W does, and changes no finite result.
         if narrowing == "centred":
             codes = codes + centre(high, low, narrowing)
-        return (codes * (scale * (1 << (high - low)))).add_(wide * 0).to(weight.dtype)
+        return _product(codes + wide * 0, scale * (1 << (high - low)), weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
@@ -103,14 +113,17 @@ class _NarrowedWeight(torch.autograd.Function):
         weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
         ratio = 1 << (high - low)
         least, greatest = code_range(low, ctx.narrowing)
-        middle = centre(high, low, ctx.narrowing)
-        v = weight / (scale * ratio) - middle
+        v = weight / (scale * ratio)
+        if ctx.narrowing == "centred":
+            v = v - centre(high, low, ctx.narrowing)
         inside = (v >= least) & (v <= greatest)
         grad_weight = gradient * inside if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
             q = narrowed_codes(weight, scale, high=high, low=low, narrowing=ctx.narrowing)
-            per_element = gradient * torch.where(inside, q - v, v.clamp(least, greatest) + middle)
+            per_element = gradient * torch.where(
+                inside, q - v, v.clamp(least, greatest) + centre(high, low, ctx.narrowing)
+            )
             factor = _lsq_factor(weight.numel(), scale.numel(), greatest, ctx.lsq_factor)
             grad_scale = (per_element.sum_to_size(scale.shape) * (ratio * factor)).to(scale.dtype)
         return grad_weight, grad_scale, None, None, None, None
@@ -169,9 +182,9 @@ class _LearnedStep(torch.autograd.Function):
         step = scale.to(wide)
         v = x.to(wide).div(step).round_()
         if offset is None:
-            return v.clamp_(least, greatest).mul_(step).to(x.dtype)
+            return _product(v.clamp_(least, greatest), step, x.dtype)
         shift = zero_point(offset.to(wide), step, greatest)
-        return v.add_(shift).clamp_(least, greatest).sub_(shift).mul_(step).to(x.dtype)
+        return _product(v.add_(shift).clamp_(least, greatest).sub_(shift), step, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
