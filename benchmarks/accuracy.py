@@ -190,6 +190,7 @@ def _float(run: Path, seed: int, places: Places) -> dict[str, Any]:
         "rows": [[split, score["top1"], score["top5"], score["loss"]] for split, score in final["float"].items()],
         "overrides": [*NORMALIZED, *FLOAT],
         "started_from": source,
+        "data_sha256": _fingerprint(run),
         "weights": {"name": weights.name, "sha256": files.file_digest(weights)},
         "note": "The published weights have seen the images of val in their original form: val is flattered.",
         "final": final,
@@ -201,10 +202,13 @@ def _quantized(run: Path, schedule: Schedule, variant: tuple[str, ...], seed: in
     weights, scores = places.results / f"float-seed{seed}.safetensors", places.results / f"float-seed{seed}.json"
     if not (weights.exists() and scores.exists()):
         sys.exit(f"{weights} is not there: do float-seed{seed} first")
-    started = files.read_json(scores)["final"]["float"]
+    base = files.read_json(scores)
+    started = base["final"]["float"]
     overrides = (*NORMALIZED, *JOINT, *schedule.words, *variant)
     words = (*overrides, "pretrain.epochs=0", f"pretrain.checkpoint={weights}")
     _bitswitch("pretrain", run, seed, places, words)
+    if _fingerprint(run) != base["data_sha256"]:
+        sys.exit(f"{places.data} holds other images than those of {scores}: a drop would compare nothing")
     _bitswitch("train", run, seed, places, words)
     rows = _metrics(run, "train")
     final = {
@@ -223,6 +227,7 @@ def _quantized(run: Path, schedule: Schedule, variant: tuple[str, ...], seed: in
         ],
         "overrides": list(overrides),
         "changed": list(variant),
+        "data_sha256": base["data_sha256"],
         "started_from": {"name": weights.name, "sha256": files.file_digest(weights)},
         "bits": [int(bits) for bits in final],
         "artifact_bytes": artifact.stat().st_size if artifact.exists() else None,
@@ -230,6 +235,12 @@ def _quantized(run: Path, schedule: Schedule, variant: tuple[str, ...], seed: in
         "curves": _curves(rows),
         **_scales(run),
     }
+
+
+def _fingerprint(run: Path) -> str:
+    """Of all images and labels that a run has seen."""
+    digest: str = files.read_json(run / "stages.json")["pretrain"]["inputs"]["data"]
+    return digest
 
 
 def _metrics(run: Path, stage: str) -> list[dict[str, Any]]:

@@ -152,6 +152,13 @@ def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
     used = read_weights(places.work / "screen-raw-seed0" / "checkpoints" / "pretrain.pt")
     assert kept.keys() == used.keys() and all(kept[name].equal(used[name]) for name in kept)
 
+    scores = places.results / "float-seed0.json"
+    before = scores.read_text()
+    scores.write_text(before.replace(base["data_sha256"], "other"))
+    with pytest.raises(SystemExit, match="holds other images"):
+        accuracy.do("screen-ours-seed0", places)
+    scores.write_text(before)
+
     stamps = {path: path.stat().st_mtime_ns for path in places.results.iterdir()}
     capsys.readouterr()
     for job in jobs:
