@@ -5,8 +5,9 @@
 
 `float-seedK` fine-tunes the published weights (--start) and keeps what it reaches as float-seedK.safetensors beside its
 result file: every other job of that seed starts from this file, so that drops are from one and the same float network.
-`screen-*` is short and judged on val, `decide-*` is long and also scored on test. A job that was killed goes on from its last
-epoch while --work is there; a job whose file is there is done. `make results` writes docs/results.md from the files.
+`glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is long and also scored on test. A job that was
+killed goes on from its last epoch while --work is there; a job whose file is there is done. `make results` writes
+docs/results.md from the files. On a machine that others use, OMP_NUM_THREADS=1 gives more images a second.
 """
 
 import argparse
@@ -43,6 +44,7 @@ class Schedule:
 
 
 SCHEDULES = {
+    "glance": Schedule(("train.epochs=1",), ("val",)),
     "screen": Schedule(("train.epochs=5",), ("val",)),
     "decide": Schedule(("train.epochs=20",), ("val", "test")),
 }
@@ -84,6 +86,7 @@ _SCREENED = (
 _DECIDED = ("ours", "paper", "lsq", "ours-432", "paper-432", "lsq-8-alone", "lsq-4-alone", "lsq-2-alone", *RIVALS[1:3])
 QUEUE = (
     "float-seed0",
+    *(f"glance-{variant}-seed0" for variant in ("ours", "centred")),
     *(f"screen-{variant}-seed0" for variant in _SCREENED),
     *(f"float-seed{seed}" for seed in (1, 2)),
     *(f"decide-{variant.replace('_', '-')}-seed{seed}" for seed in range(3) for variant in _DECIDED),
