@@ -1,19 +1,24 @@
 """What `bitswitch run digits` reaches on `test`, over seeds: writes a result file.
 
-python benchmarks/digits.py results/digits.json [--seeds 5] [--work runs/digits-seeds]
+    python benchmarks/digits.py results/digits.json [--seeds 5] [--work runs/digits-seeds]
+    python benchmarks/digits.py results/performance/digits-compiled.json --compile
+
+With --compile every seed runs twice, compiled and not, from one float network.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import result
 
 
-def scores(seed: int, out: Path) -> dict[str, float]:
+def scores(seed: int, out: Path, *overrides: str) -> dict[str, float]:
     command = [
         sys.executable,
         "-m",
@@ -21,6 +26,7 @@ def scores(seed: int, out: Path) -> dict[str, float]:
         "run",
         "digits",
         "supernet=null",
+        *overrides,
         "--seed",
         str(seed),
         "--out",
@@ -31,21 +37,45 @@ def scores(seed: int, out: Path) -> dict[str, float]:
     return {"float" if r["bits"] is None else f"{r['bits']} bits": r["top1"] for r in document["results"]}
 
 
+def compiled_scores(seed: int, out: Path) -> dict[str, float]:
+    """The same run, its joint training compiled: the float network is that of the run that was not."""
+    copy = out.with_name(f"{out.name}-compiled")
+    shutil.copytree(out, copy, dirs_exist_ok=True)
+    return scores(seed, copy, "train.compile=true")
+
+
+def mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Over seeds, for every width."""
+    return {name: statistics.mean(score[name] for score in found) for name in found[0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("runs/digits-seeds"))
+    parser.add_argument("--compile", action="store_true", help="joint training compiled beside not compiled")
     options = parser.parse_args()
     found = [scores(seed, options.work / str(seed)) for seed in range(options.seeds)]
     names = list(found[0])
-    rows = [[f"seed {seed}", *(score[name] for name in names)] for seed, score in enumerate(found)]
-    means = {name: statistics.mean(score[name] for score in found) for name in names}
-    rows.append(["mean", *means.values()])
-    rows.append(["mean below float", *(means["float"] - mean for mean in means.values())])
+    means = mean(found)
+    if options.compile:
+        compiled = [compiled_scores(seed, options.work / str(seed)) for seed in range(options.seeds)]
+        both = {"not compiled": found, "compiled": compiled}
+        rows = [
+            [f"seed {k}, {how}", *(s[k][name] for name in names)]
+            for k in range(options.seeds)
+            for how, s in both.items()
+        ]
+        rows += [[f"mean, {how}", *mean(s).values()] for how, s in both.items()]
+        rows.append(["compiled above not", *(mean(compiled)[name] - means[name] for name in names)])
+    else:
+        rows = [[f"seed {seed}", *(score[name] for name in names)] for seed, score in enumerate(found)]
+        rows.append(["mean", *means.values()])
+        rows.append(["mean below float", *(means["float"] - value for value in means.values())])
     result.write(
         options.out,
-        title="Digits: top-1 % on 360 test images, one network for all widths",
+        title="Digits: top-1 % on 360 test images, one network for all widths" + ", compiled and not" * options.compile,
         data="digits (scikit-learn)",
         split="test",
         seeds=range(options.seeds),

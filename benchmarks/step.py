@@ -1,21 +1,23 @@
-"""What one training step costs, quantized against float, and against brevitas where it is installed. On the CPU.
+"""What one training step costs, quantized against float, and against brevitas and torchao where they are installed. On the CPU.
 
     python benchmarks/step.py [--compile] [--pairs 15] [--networks ...] [--dtypes ...] [--quick] [--json OUT.json]
 
 A step is forward, backward and optimizer, at one width. Every quantized step is timed right after a float step of the same
 network on the same batch (A B A B ...); a row gives the median of the pairs' ratios with its 95 % interval (order statistics),
 and their quartiles. Both sides have fused Adams; ours has two, and ALRS. With --compile the float network goes through
-torch.compile, ours through bitswitch.nn.one_graph, one graph for all widths. Brevitas is not compiled, and gets the same
+torch.compile, ours through bitswitch.nn.one_graph, one graph for all widths; rivals are timed both ways. Brevitas gets the same
 layers quantized at 4 bits: before every convolution a QuantReLU with a learned scale (all those inputs are outputs of a ReLU
-already), in it QuantConv2d's own choice of weight scale.
+already), in it QuantConv2d's own choice of weight scale. torchao trains quantized Linear layers alone, so it stands beside
+ours on `mlp`, five Linear layers of 1024: weights of 4 bits with a scale for each output channel, activations of 8 bits with a
+scale for each row; it learns no scale.
 """
 
 import argparse
 import copy
 import importlib
+import importlib.metadata
 import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -33,10 +35,12 @@ from bitswitch.models import build
 from bitswitch.nn.one_graph import OneGraph
 
 WIDTHS = (8, 4, 2)
-BREVITAS_BITS = 4
+RIVAL_BITS = 4
 LR, WEIGHT_DECAY = 5e-4, 5e-5
-IMAGE = {"cifar_resnet20": 32, "resnet18": 224}
-CLASSES = {"cifar_resnet20": 10, "resnet18": 1000}
+# Pixels a side; 0 where the input is a row of features.
+IMAGE = {"cifar_resnet20": 32, "resnet18": 224, "mlp": 0}
+CLASSES = {"cifar_resnet20": 10, "resnet18": 1000, "mlp": 10}
+FEATURES = 1024
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 Step = Callable[[], None]
@@ -104,29 +108,53 @@ def brevitas_network(model: nn.Module, names: list[str]) -> nn.Module:
             stride=conv.stride,
             padding=conv.padding,
             bias=conv.bias is not None,
-            weight_bit_width=BREVITAS_BITS,
+            weight_bit_width=RIVAL_BITS,
         )
         swapped.weight = conv.weight
         # MaxInit is the learned scale from the first step on; the default looks at percentiles for its first 300 steps.
         inputs = layers.QuantReLU(
-            act_quant=quantizers.Uint8ActPerTensorFloatMaxInit, min_val=0.0, max_val=4.0, bit_width=BREVITAS_BITS
+            act_quant=quantizers.Uint8ActPerTensorFloatMaxInit, min_val=0.0, max_val=4.0, bit_width=RIVAL_BITS
         )
         setattr(model.get_submodule(parent), child, nn.Sequential(inputs, swapped))
     return model
 
 
+def torchao_network(model: nn.Module, names: list[str]) -> nn.Module:
+    """A copy of a network whose named Linear layers, and what flows into them, torchao quantizes."""
+    torchao: Any = importlib.import_module("torchao.quantization")
+    qat: Any = importlib.import_module("torchao.quantization.qat")
+    model = copy.deepcopy(model)
+    config = qat.QATConfig(
+        activation_config=qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
+        weight_config=qat.IntxFakeQuantizeConfig(torch.int4, "per_channel"),
+        step="prepare",
+    )
+    torchao.quantize_(model, config, filter_fn=lambda _, name: name in names)
+    return model
+
+
+def network_of(case: Case) -> tuple[nn.Module, Tensor]:
+    """The float network and a batch."""
+    if case.network == "mlp":
+        hidden = [layer for _ in range(4) for layer in (nn.Linear(FEATURES, FEATURES), nn.ReLU())]
+        return nn.Sequential(*hidden, nn.Linear(FEATURES, CLASSES["mlp"])), torch.randn(case.batch, FEATURES)
+    memory_format = FORMATS[case.memory_format]
+    network = build(case.network, {"num_classes": CLASSES[case.network]}).to(memory_format=memory_format)
+    return network, torch.randn(case.batch, 3, case.image, case.image).to(memory_format=memory_format)
+
+
 def sides(case: Case) -> tuple[Step, dict[str, Step]]:
     """The float step, and the steps that are held against it."""
     torch.manual_seed(0)
-    classes = CLASSES[case.network]
-    network = build(case.network, {"num_classes": classes}).to(memory_format=FORMATS[case.memory_format])
-    x = torch.randn(case.batch, 3, case.image, case.image).to(memory_format=FORMATS[case.memory_format])
-    y = torch.randint(classes, (case.batch,))
+    network, x = network_of(case)
+    y = torch.randint(CLASSES[case.network], (case.batch,))
     model = bs.quantize(network, bits=WIDTHS, example_inputs=x[:16])
     steps = quantized_steps(case, model, x, y)
-    if importlib.util.find_spec("brevitas"):
-        rival = brevitas_network(network, list(bs.widths(model)))
-        steps[f"brevitas {BREVITAS_BITS} bits"] = plain_step(case, rival, x, y, compiled=False)
+    rival, make = ("torchao", torchao_network) if case.network == "mlp" else ("brevitas", brevitas_network)
+    if importlib.util.find_spec(rival):
+        for compiled in [False, True][: 1 + case.compiled]:
+            name = f"{rival} {RIVAL_BITS} bits" + ", compiled" * compiled
+            steps[name] = plain_step(case, make(network, list(bs.widths(model))), x, y, compiled=compiled)
     return plain_step(case, network, x, y, compiled=case.compiled), steps
 
 
@@ -183,10 +211,11 @@ def show(rows: list[list[Any]]) -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15, help="float and quantized steps timed, at least 2")
-    parser.add_argument("--networks", nargs="+", choices=IMAGE, default=list(IMAGE))
+    parser.add_argument("--networks", nargs="+", choices=IMAGE, default=["cifar_resnet20", "resnet18"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--cifar-batch", type=int, default=128)
     parser.add_argument("--resnet18-batch", type=int, default=32)
+    parser.add_argument("--mlp-batch", type=int, default=256)
     parser.add_argument("--memory-format", choices=FORMATS, default="contiguous")
     parser.add_argument("--compile", action="store_true", help="both sides compiled")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -202,10 +231,10 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     options = parsed()
     torch.set_num_threads(options.threads)
-    batches = {"cifar_resnet20": options.cifar_batch, "resnet18": options.resnet18_batch}
+    batches = {"cifar_resnet20": options.cifar_batch, "resnet18": options.resnet18_batch, "mlp": options.mlp_batch}
     print(f"threads {options.threads}, memory format {options.memory_format}, torch {torch.__version__}, on the CPU")
-    if not importlib.util.find_spec("brevitas"):
-        print("brevitas is not installed: no rows for it")
+    rivals = {name: _version(name) for name in ("brevitas", "torchao")}
+    print(", ".join(f"{name} {version or 'is not installed: no rows for it'}" for name, version in rivals.items()))
     if options.quick:
         print("--quick: sizes are tiny, the ratios say nothing")
     measured = []
@@ -214,7 +243,7 @@ def main() -> None:
             case = Case(
                 network=network,
                 batch=4 if options.quick else batches[network],
-                image=32 if options.quick else IMAGE[network],
+                image=32 if options.quick and IMAGE[network] else IMAGE[network],
                 dtype=dtype,
                 memory_format=options.memory_format,
                 compiled=options.compile,
@@ -226,9 +255,12 @@ def main() -> None:
         write(options, rows, measured)
 
 
+def _version(name: str) -> str | None:
+    return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
+
+
 def write(options: argparse.Namespace, rows: list[list[Any]], measured: list[dict[str, Any]]) -> None:
     """A result file, as `make results` reads it, with every single time beside the table."""
-    brevitas = getattr(sys.modules.get("brevitas"), "__version__", None)
     first = ", ".join(
         sorted({f"{m['network']} {m['dtype']} {m['first_s']} s" for m in measured if m["step"] == "8 bits"})
     )
@@ -239,7 +271,8 @@ def write(options: argparse.Namespace, rows: list[list[Any]], measured: list[dic
         + (" (QUICK: NO RESULT)" * options.quick),
         note=f"{options.memory_format}, {options.pairs} pairs, median of their ratios, its 95 % interval, quartiles; "
         + (f"our first step, compilation included (cached or not): {first}; " if options.compile else "")
-        + f"brevitas {brevitas}, never compiled.",
+        + ", ".join(f"{name} {version}" for name in ("brevitas", "torchao") if (version := _version(name)))
+        + ".",
         columns=COLUMNS,
         rows=rows,
         measured=measured,

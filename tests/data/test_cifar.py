@@ -104,3 +104,10 @@ def test_an_image_folder_of_cifar(make_folder):
 def test_a_folder_that_is_not_cifar(make_folder, sizes):
     with pytest.raises(UserError, match="not 32 x 32"):
         load_data("cifar10", make_folder(sizes=sizes))
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"there is no folder .*missing: data.root names the one that holds cifar10"):
+        load_data("cifar10", tmp_path / "missing")
+    with pytest.raises(UserError, match="holds neither train/ and test/ nor"):
+        load_data("cifar10", tmp_path)

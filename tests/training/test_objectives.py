@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitswitch as bs
 from bitswitch.training import (
+    AssignmentSampler,
     Distillation,
     Engine,
     FloatObjective,
@@ -142,3 +144,41 @@ def test_half_precision_weights_have_float32_scales(network, images):
     assert scales and all(p.dtype == torch.float32 for p in scales)
     F.cross_entropy(model(images.bfloat16()).float(), LABELS).backward()
     assert model.conv2.weight.grad.dtype == torch.bfloat16
+
+
+class NothingReadOnTheHost(TorchDispatchMode):
+    """Refuses what makes the host wait for a device: a tensor's value, its shape by value, a copy elsewhere."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+            torch.ops.aten.equal,
+            torch.ops.aten.is_nonzero,
+        ), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"order": "accumulate"}, {"distillation": Distillation(teacher="highest")},
+                {"engine": Engine(micro_batches=2)}, {"engine": Engine(precision="bfloat16")}], ids=str
+)  # fmt: skip
+@pytest.mark.parametrize("alrs", ["relative", "printed", "off"])
+def test_a_step_reads_no_tensor_on_the_host(quantized, images, options, alrs):
+    objective = JointObjective(quantized, MultiPrecisionOptimizer(quantized, alrs=alrs), **options)
+    with NothingReadOnTheHost():
+        losses = objective.step(images, LABELS, 1.0)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            float(losses[0])
+
+
+def test_a_supernet_step_reads_no_tensor_on_the_host(quantized, images):
+    names = tuple(bs.widths(quantized))
+    sampler = AssignmentSampler(
+        layers=names, widths=(8, 6, 4, 2), sensitive=frozenset(names[:1]), sampling="hasb", sigma=1.0, sandwich=False,
+        seed=0, steps=1, epochs=1,
+    )  # fmt: skip
+    objective = joint(quantized, sampler=sampler)
+    with NothingReadOnTheHost():
+        objective.step(images, LABELS, 1.0)

@@ -140,6 +140,10 @@ def _cifar_of_torchvision(name: str, root: Path, val_fraction: float, download: 
     """CIFAR as torchvision keeps it. Its files are pickles: they are opened only where their MD5 is the published one."""
     kind: Any = {"cifar10": torchvision_datasets.CIFAR10, "cifar100": torchvision_datasets.CIFAR100}[name]
     kept = root / kind.base_folder
+    if not download and not root.is_dir():
+        raise UserError(
+            f"there is no folder {root}: data.root names the one that holds {name}, data.download=true fetches it"
+        )
     if not download and not kept.is_dir():
         raise UserError(f"{root} holds neither train/ and test/ nor {kept.name}/: data.download=true fetches it")
     try:

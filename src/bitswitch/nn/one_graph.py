@@ -15,6 +15,10 @@ from bitswitch.nn.plan import become
 from bitswitch.nn.quantizers import Quantizer
 
 _QUANTIZERS = ("weight_quantizer", "input_quantizer")
+# A layer or norm, what it stands at, and on which device.
+_At = tuple[str, int | str, torch.device | None]
+# The twin's name of a tensor, and where it is found: not the tensor, which a move to another device may replace.
+_Place = tuple[str, dict[str, Any], str]
 
 
 class OneGraph:
@@ -36,15 +40,11 @@ class OneGraph:
         named = dict(model.named_modules())
         self._layers = {name: module for name, module in named.items() if isinstance(module, QuantizedLayer)}
         self._norms = {name: module for name, module in named.items() if isinstance(module, SwitchableBatchNorm)}
-        # Where each of the other tensors is found: not the tensor, which a move to another device may replace.
-        self._places: list[tuple[str, dict[str, Any], str]] = []
+        self._same: list[_Place] = []
         for name, module in self.twin.named_modules():
             if not isinstance(module, _Slot) and name not in self._norms:
-                for kind in ("_parameters", "_buffers"):
-                    found = [key for key, tensor in getattr(module, kind).items() if tensor is not None]
-                    prefix = f"{name}." if name else ""
-                    self._places += [(prefix + key, getattr(named[name], kind), key) for key in found]
-        self._numbers: dict[tuple[str, int | float, torch.device], Tensor] = {}
+                self._same += _places(f"{name}." if name else "", named[name])
+        self._chosen: dict[_At, list[_Place]] = {}
         self._call: Callable[..., Any] = self._of_tensors
         if compiled:
             self._call = torch.compile(self._of_tensors, backend=_inductor, dynamic=False)
@@ -60,27 +60,46 @@ class OneGraph:
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's tensors of the widths in use, by the names that the twin has for them."""
-        found = {name: tensors[key] for name, tensors, key in self._places}
+        places = list(self._same)
         for name, layer in self._layers.items():
-            for kind in _QUANTIZERS:
-                quantizer: Quantizer = getattr(layer, kind)
-                found |= {f"{name}.{kind}.{key}": tensor for key, tensor in quantizer.selected(layer.width).items()}
-                for i, number in enumerate(quantizer.numbers(layer.width)):
-                    slot = f"{name}.{kind}.number{i}"
-                    found[slot] = self._number(slot, number, layer.weight.device)
+            at: _At = (name, layer.width, layer.weight.device)
+            if at not in self._chosen:
+                self._chosen[at] = _places_of_width(name, layer)
+            places += self._chosen[at]
         for name, norm in self._norms.items():
-            variant = norm.variants[norm.key]
-            found |= {
-                f"{name}.{key}": tensor for key, tensor in (*variant._parameters.items(), *variant._buffers.items())
-            }
-        return found
+            at = (name, norm.key, None)
+            if at not in self._chosen:
+                self._chosen[at] = _places(f"{name}.", norm.variants[norm.key])
+            places += self._chosen[at]
+        return {name: tensors[key] for name, tensors, key in places}
 
-    def _number(self, name: str, number: int | float, device: torch.device) -> Tensor:
-        # A tensor for each place: that two places share one would be a fact of the graph, and the next mixture another graph.
-        key = (name, number, device)
-        if key not in self._numbers:
-            self._numbers[key] = torch.tensor(number, device=device)
-        return self._numbers[key]
+
+def _places(prefix: str, module: nn.Module) -> list[_Place]:
+    """Where a module's own tensors are found."""
+    return [
+        (prefix + key, tensors, key)
+        for tensors in (module._parameters, module._buffers)
+        for key, tensor in tensors.items()
+        if tensor is not None
+    ]
+
+
+def _places_of_width(name: str, layer: QuantizedLayer) -> list[_Place]:
+    """Where the tensors of a layer's quantizers at its width are found."""
+    places: list[_Place] = []
+    for kind in _QUANTIZERS:
+        quantizer: Quantizer = getattr(layer, kind)
+        selected = {id(parameter): slot for slot, parameter in quantizer.selected(layer.width).items()}
+        owned = [place for module in quantizer.modules() for place in _places("", module)]
+        places += [
+            (f"{name}.{kind}.{selected[id(tensors[key])]}", tensors, key)
+            for _, tensors, key in owned
+            if id(tensors[key]) in selected
+        ]
+        # Tensors for each place: that two places share one would be a fact of the graph, and the next mixture another graph.
+        numbers = [torch.tensor(number, device=layer.weight.device) for number in quantizer.numbers(layer.width)]
+        places += [(f"{name}.{kind}.number{i}", {"": number}, "") for i, number in enumerate(numbers)]
+    return places
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

@@ -40,7 +40,10 @@ def switch(model: nn.Module, wanted: int | Mapping[str, int]) -> None:
     Raises:
         UserError: no layer has that name, or a layer does not have that width, or its bits were not loaded (a ValueError).
     """
-    layers = quantized_layers(model)
+    _switch(quantized_layers(model), wanted)
+
+
+def _switch(layers: Mapping[str, QuantizedLayer], wanted: int | Mapping[str, int]) -> None:
     chosen = Assignment.of(
         wanted,
         layers={name: layer.width for name, layer in layers.items()},
@@ -56,8 +59,9 @@ def switch(model: nn.Module, wanted: int | Mapping[str, int]) -> None:
 @contextmanager
 def switched(model: nn.Module, wanted: int | Mapping[str, int]) -> Iterator[nn.Module]:
     """Switch for the length of a `with` block; then every layer has the width that it had, also after an exception."""
-    before = {layer: layer.width for layer in quantized_layers(model).values()}
-    switch(model, wanted)
+    layers = quantized_layers(model)
+    before = {layer: layer.width for layer in layers.values()}
+    _switch(layers, wanted)
     try:
         yield model
     finally:
