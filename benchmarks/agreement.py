@@ -8,10 +8,7 @@ signal-to-noise ratio of the logits in dB, `10 log10(sum(torch^2) / sum((found -
 """
 
 import argparse
-import json
-import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +18,13 @@ import numpy as np
 import torch
 
 import bitswitch as bs
+import result
 from bitswitch import artifact
 from bitswitch.data import DataSet, Preprocessing, load_data
 from bitswitch.deployment import CALIBRATION_IMAGES
 from bitswitch.export import add_graph
 from bitswitch.export.artifact import Additions
 from bitswitch.export.onnx import export_file
-from bitswitch.machine import machine, source_commit
 from bitswitch.runtime import Session
 from bitswitch.runtime.executable import Executable
 
@@ -112,28 +109,18 @@ def main() -> None:
     print("  ".join(f"{column:<16}" for column in COLUMNS))
     rows = measure(options.file, data, options.calibration, options.model)
     if options.json:
-        write(options, rows, header)
-
-
-def write(options: argparse.Namespace, rows: list[list[Any]], header: artifact.Header) -> None:
-    """A result file, as `make results` reads it."""
-    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
-    about = {key: header.provenance.get(key) for key in ("recipe", "seed", "commit")}
-    document = {
-        "title": f"Sessions and ONNX files against torch, {options.data}",
-        "command": shlex.join(["python", *words]),
-        "data": options.data,
-        "split": "test",
-        "seeds": [header.provenance.get("seed")],
-        "commit": source_commit(),
-        "machine": machine(),
-        "note": f"The artifact: {about}. Ranges of requantized branches from {options.calibration} training images. SNR of "
-        "logits; none where they are torch's to the last bit.",
-        "columns": COLUMNS,
-        "rows": rows,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
+        about = {key: header.provenance.get(key) for key in ("recipe", "seed", "commit")}
+        result.write(
+            options.json,
+            title=f"Sessions and ONNX files against torch, {options.data}",
+            columns=COLUMNS,
+            rows=rows,
+            data=options.data,
+            split="test",
+            seeds=[header.provenance.get("seed", "unknown")],
+            note=f"The artifact: {about}. Ranges of requantized branches from {options.calibration} training images. SNR of "
+            "logits; none where they are torch's to the last bit.",
+        )
 
 
 if __name__ == "__main__":

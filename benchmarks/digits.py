@@ -3,12 +3,11 @@
     python benchmarks/digits.py results/digits.json [--seeds 5] [--work runs/digits-seeds]
     python benchmarks/digits.py results/performance/digits-compiled.json --compile
 
-With --compile every seed runs twice, compiled and not, from one float network.
+With --compile every seed runs twice, its joint training compiled and not; the float network is the same on one thread.
 """
 
 import argparse
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -37,13 +36,6 @@ def scores(seed: int, out: Path, *overrides: str) -> dict[str, float]:
     return {"float" if r["bits"] is None else f"{r['bits']} bits": r["top1"] for r in document["results"]}
 
 
-def compiled_scores(seed: int, out: Path) -> dict[str, float]:
-    """The same run, its joint training compiled: the float network is that of the run that was not."""
-    copy = out.with_name(f"{out.name}-compiled")
-    shutil.copytree(out, copy, dirs_exist_ok=True)
-    return scores(seed, copy, "train.compile=true")
-
-
 def mean(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Over seeds, for every width."""
     return {name: statistics.mean(score[name] for score in found) for name in found[0]}
@@ -60,7 +52,9 @@ def main() -> None:
     names = list(found[0])
     means = mean(found)
     if options.compile:
-        compiled = [compiled_scores(seed, options.work / str(seed)) for seed in range(options.seeds)]
+        compiled = [
+            scores(seed, options.work / f"{seed}-compiled", "train.compile=true") for seed in range(options.seeds)
+        ]
         both = {"not compiled": found, "compiled": compiled}
         rows = [
             [f"seed {k}, {how}", *(s[k][name] for name in names)]

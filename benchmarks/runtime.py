@@ -11,10 +11,7 @@ long a switch between ready sessions takes, and eight threads that run while one
 """
 
 import argparse
-import json
-import shlex
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -31,7 +28,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 import bitswitch as bs
-from bitswitch.machine import machine, source_commit
+import result
 from bitswitch.models import build
 from bitswitch.runtime import Session, graph_report
 
@@ -201,34 +198,21 @@ def main() -> None:
         print("  ".join(f"{cell!s:<16}" for cell in row))
     print("; ".join(notes))
     if options.json:
-        write(options, rows, measured, notes)
+        result.write(
+            options.json,
+            title="A session beside ONNX Runtime's float model and its own int8, on the CPU",
+            columns=COLUMNS,
+            rows=rows,
+            note=f"Batch 1, {options.pairs} rounds, median ratios (more is faster). {'; '.join(notes)}. ONNX Runtime "
+            f"{onnxruntime.__version__}; the processor {'has' if has_vnni() else 'lacks'} VNNI.",
+            measured=measured,
+        )
 
 
 def has_vnni() -> bool:
     """Whether products of bytes are exact and fast here; told by Linux alone."""
     flags = Path("/proc/cpuinfo")
     return flags.is_file() and "vnni" in flags.read_text()
-
-
-def write(options: argparse.Namespace, rows: list[list[Any]], measured: list[dict[str, Any]], notes: list[str]) -> None:
-    """A result file, as `make results` reads it, with every single time beside the table."""
-    words = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
-    document = {
-        "title": "A session beside ONNX Runtime's float model and its own int8, on the CPU",
-        "command": shlex.join(["python", *words]),
-        "data": "random",
-        "split": "none",
-        "seeds": [0],
-        "commit": source_commit(),
-        "machine": machine(),
-        "note": f"Batch 1, {options.pairs} rounds, median ratios (more is faster). {'; '.join(notes)}. ONNX Runtime "
-        f"{onnxruntime.__version__}; the processor {'has' if has_vnni() else 'lacks'} VNNI.",
-        "columns": COLUMNS,
-        "rows": rows,
-        "measured": measured,
-    }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -201,11 +201,12 @@ def cells(measured: dict[str, Any]) -> list[Any]:
     return [*(measured[name] for name in names), *spans]
 
 
+LINE = "{:<16}{:>6}{:>7}  {:<10}{:<26}{:>9}{:>9}{:>7}  {:<14}{}"
+
+
 def show(rows: list[list[Any]]) -> None:
-    line = "{:<16}{:>6}{:>7}  {:<10}{:<16}{:>9}{:>9}{:>7}  {:<14}{}"
-    print(line.format(*COLUMNS))
     for row in rows:
-        print(line.format(*(f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row)))
+        print(LINE.format(*(f"{cell:.2f}" if isinstance(cell, float) else cell for cell in row)), flush=True)
 
 
 def parsed() -> argparse.Namespace:
@@ -237,7 +238,8 @@ def main() -> None:
     print(", ".join(f"{name} {version or 'is not installed: no rows for it'}" for name, version in rivals.items()))
     if options.quick:
         print("--quick: sizes are tiny, the ratios say nothing")
-    measured = []
+    measured: list[dict[str, Any]] = []
+    print(LINE.format(*COLUMNS))
     for network in options.networks:
         for dtype in options.dtypes:
             case = Case(
@@ -248,18 +250,19 @@ def main() -> None:
                 memory_format=options.memory_format,
                 compiled=options.compile,
             )
-            measured += measure(case, options.pairs, 1 if options.quick else options.warmup)
-    rows = [cells(m) for m in measured]
-    show(rows)
-    if options.json:
-        write(options, rows, measured)
+            rows = measure(case, options.pairs, 1 if options.quick else options.warmup)
+            show([cells(row) for row in rows])
+            measured += rows
+            # After every case: what is measured is kept, whatever becomes of the rest.
+            if options.json:
+                write(options, measured)
 
 
 def _version(name: str) -> str | None:
     return importlib.metadata.version(name) if importlib.util.find_spec(name) else None
 
 
-def write(options: argparse.Namespace, rows: list[list[Any]], measured: list[dict[str, Any]]) -> None:
+def write(options: argparse.Namespace, measured: list[dict[str, Any]]) -> None:
     """A result file, as `make results` reads it, with every single time beside the table."""
     first = ", ".join(
         sorted({f"{m['network']} {m['dtype']} {m['first_s']} s" for m in measured if m["step"] == "8 bits"})
@@ -274,7 +277,7 @@ def write(options: argparse.Namespace, rows: list[list[Any]], measured: list[dic
         + ", ".join(f"{name} {version}" for name in ("brevitas", "torchao") if (version := _version(name)))
         + ".",
         columns=COLUMNS,
-        rows=rows,
+        rows=[cells(row) for row in measured],
         measured=measured,
     )
 

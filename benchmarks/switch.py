@@ -10,10 +10,7 @@ still need them. Sides are timed alternately, and a ratio is the median of the r
 
 import argparse
 import functools
-import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import bitswitch as bs
+import result
 from bitswitch import artifact
 from bitswitch.codes import bits_read
-from bitswitch.machine import machine, source_commit
 from bitswitch.models import build
 from bitswitch.nn import QuantizedLayer, quantized_layers
 
@@ -138,22 +135,14 @@ def main() -> None:
             f"{size['lowest_width_bytes']:,} of them read for {size['widths'][-1]} bits"
             for size in measured
         ]
-        document = {
-            "title": f"Switching every layer of {options.network} in torch, on the CPU",
-            "command": shlex.join(
-                ["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]
-            ),
-            "data": "random",
-            "split": "none",
-            "seeds": [0],
-            "commit": source_commit(),
-            "machine": machine(),
-            "note": f"{options.pairs} pairs, median and quartiles of their ratios. {'; '.join(told)}.",
-            "columns": COLUMNS,
-            "rows": rows,
-            "measured": measured,
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        result.write(
+            options.json,
+            title=f"Switching every layer of {options.network} in torch, on the CPU",
+            columns=COLUMNS,
+            rows=rows,
+            note=f"{options.pairs} pairs, median and quartiles of their ratios. {'; '.join(told)}.",
+            measured=measured,
+        )
 
 
 if __name__ == "__main__":

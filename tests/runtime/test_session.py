@@ -1,19 +1,22 @@
 import copy
+import itertools
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.errors import UserError
 from bitswitch.nn import make_transitional
 from bitswitch.nn.switch import quantized_layers
-from bitswitch.runtime import Session, graph_report
+from bitswitch.runtime import Session, executable, graph_report
 from bitswitch.runtime.source import read
 
 WIDTHS = (8, 6, 4, 2)
@@ -43,10 +46,11 @@ def torch_logits(model, images, wanted):
 def test_logits_are_torchs(made, additions):
     model, images, files = made
     session = Session(files[additions])
-    floor = {"requantized": 30, "exact": 40}[additions]
     for width in WIDTHS:
         session.switch(width)
-        assert snr_db(torch_logits(model, images, width), session.run(images.numpy())) > (floor if width == 8 else 20)
+        # Sums are exact, and codes torch's; bytes of branches are not.
+        floor = {"exact": 80, "requantized": {8: 30, 6: 20}.get(width, 35)}[additions]
+        assert snr_db(torch_logits(model, images, width), session.run(images.numpy())) > floor
 
 
 def test_a_mixed_assignment_runs(made):
@@ -82,7 +86,8 @@ def test_the_batch_is_free(made):
     session = Session(files["requantized"], bits=4)
     whole = session.run(images.numpy())
     for n in (1, 3):
-        assert np.array_equal(session.run(images[:n].numpy()), whole[:n])
+        # The float end of a matrix product rounds a row otherwise where it stands elsewhere among the rows.
+        assert np.allclose(session.run(images[:n].numpy()), whole[:n], rtol=0, atol=1e-6 * np.abs(whole).max())
 
 
 def reference_codes(source, assignment, images):
@@ -134,6 +139,50 @@ def test_every_convolution_runs_in_integers_at_every_width(made):
     assert graph_report(files["requantized"], 4)["operations"]["Clip"] >= 2
 
 
+def test_branches_are_bytes_beside_codes_of_six_bits_or_more(made):
+    _, _, files = made
+    for wanted, products in ((8, 0), (6, 0), (4, 1), (2, 1), ({"conv2": 8, "conv3": 8, "conv4": 4}, 1)):
+        operations = graph_report(files["requantized"], wanted)["operations"]
+        # conv2 feeds an addition and conv4 a mean; conv3 has groups.
+        assert operations.get("MatMulIntegerToFloat", 0) == 2 * products, wanted
+        assert operations.get("DequantizeLinear", 0) == 2 - 2 * products
+
+
+class Windows(nn.Module):
+    """Convolutions whose windows leave out, overlap and reach beyond the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3)
+        self.far = nn.Conv2d(6, 5, (3, 2), stride=(2, 3), padding=(2, 1), dilation=(2, 1))
+        self.one = nn.Conv2d(5, 6, 1, stride=2)
+        self.even = nn.Conv2d(6, 4, 2, padding=1)
+        self.last = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.one(self.far(self.first(x).relu()).relu())
+        return self.last(self.even(x.relu()).mean((2, 3)))
+
+
+def test_patches_of_any_window(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 17, 22)
+    model = bs.quantize(Windows(), example_inputs=images).eval()
+    bs.save(model, tmp_path / "a", example_inputs=images, additions="exact")
+    session = Session(tmp_path / "a")
+    assert graph_report(tmp_path / "a")["operations"]["MatMulIntegerToFloat"] == 3
+    for width in WIDTHS:
+        session.switch(width)
+        assert snr_db(torch_logits(model, images, width), session.run(images.numpy())) > 100
+
+
+def test_sums_are_exact_where_products_must_not_saturate(made, monkeypatch):
+    """ONNX Runtime then makes unsigned weights of signed ones, all over the graph."""
+    monkeypatch.setattr(executable, "_must_be_precise", lambda may_saturate: True)
+    test_logits_are_torchs(made, "exact")
+    test_logits_are_torchs(made, "requantized")
+
+
 def test_weights_are_narrowed_from_the_stored_codes(made):
     model, _, files = made
     source = read(files["exact"])
@@ -141,11 +190,7 @@ def test_weights_are_narrowed_from_the_stored_codes(made):
         arrays = source.arrays(dict.fromkeys(source.header.checksums and ("conv2", "conv3", "conv4"), width))
         # conv4 has no batch normalization behind it: its scale is the weight's alone.
         dequantized = arrays["conv4.product.codes"].astype(np.int64)
-        if arrays["conv4.product.codes"].dtype == np.uint8:
-            dequantized = dequantized - 128
-            scale = arrays["conv4.product.multiplier"].reshape(-1, 1, 1, 1) / arrays["conv4.input.scale"]
-        else:
-            scale = arrays["conv4.product.scale"].reshape(-1, 1, 1, 1)
+        scale = arrays["conv4.product.sum_scale"].reshape(-1, 1, 1, 1)
         expected = quantized_layers(model)["conv4"].weight_at(width).detach().numpy()
         assert np.allclose(dequantized * scale, expected, rtol=1e-6, atol=0)
 
@@ -199,8 +244,12 @@ def test_threads_run_while_another_switches(made):
     for thread in threads:
         thread.start()
     choice = np.random.default_rng(0)
-    for _ in range(1500):
+    # On a busy machine a run may take as long as a thousand switches.
+    end = time.monotonic() + 20
+    for number in itertools.count():
         session.switch(int(choice.choice(WIDTHS)))
+        if (number >= 1500 and len(set.union(*seen)) > 1) or time.monotonic() > end:
+            break
     done.set()
     for thread in threads:
         thread.join()

@@ -112,7 +112,9 @@ def export(
     bits: Bits = None,
     assignment: Mixture = None,
     weights: Annotated[str, typer.Option(help="int8, or int4 or int2 for the layers that fit.")] = "int8",
-    exact: Annotated[bool, typer.Option("--exact", help="Branches that are added keep 32 bits, not 8.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Convolutions keep their exact sums: slower, and torch's answers.")
+    ] = False,
     data: DataName = None,
     model: Network = None,
     json_: Json = False,

@@ -52,7 +52,8 @@ def save(
         example_inputs: what the network is called with, a batch of real data: the network's graph is exported with it and
             stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and `runtime`. Where it
             is not given, a model that was loaded and has not changed keeps the graph of its file.
-        additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`; or "exact".
+        additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`, where every layer has
+            6 bits or more; or "exact", which keeps the sums of all convolutions.
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be

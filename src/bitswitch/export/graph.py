@@ -19,7 +19,7 @@ from bitswitch.export.lowering import (
     branches,
     end_in_bytes,
     end_in_floats,
-    end_in_int32,
+    end_in_sums,
     lower_layers,
 )
 from bitswitch.nn import evaluating, switched
@@ -74,7 +74,7 @@ def integer_graph(
     example_inputs: Tensor | tuple[Any, ...],
     additions: Additions = "requantized",
     *,
-    int32: bool = False,
+    sums: bool = False,
 ) -> IntegerGraph:
     """The integer graph of a quantized model, held against it at the highest width.
 
@@ -84,8 +84,9 @@ def integer_graph(
         tensors: of its artifact.
         example_inputs: what it is called with: real data, since the ranges of eight-bit branches come from it.
         additions: "requantized": convolutions that feed an addition (or anything but one layer) end in 8 bits, with ranges from
-            the example inputs; "exact": they end in 32.
-        int32: with "exact", whether such convolutions are integer operations (ConvInteger) or quantize-dequantize float ones.
+            the example inputs, where every layer has 6 bits or more, and in floats below; "exact": they end in floats.
+        sums: with "exact", whether such convolutions, and all others, are integer operations with a float result, or
+            quantize-dequantize float ones.
 
     Raises:
         UserError: an extra is not installed, the network cannot be exported, or the graph does not compute what it does.
@@ -99,8 +100,8 @@ def integer_graph(
     lowering = lower_layers(float_graph(model, inputs, tensors), header, tensors)
     if additions == "requantized":
         end_in_bytes(lowering, _ranges(lowering, inputs))
-    elif int32:
-        end_in_int32(lowering)
+    elif sums:
+        end_in_sums(lowering)
     else:
         end_in_floats(lowering)
     graph = IntegerGraph(lowering.model, lowering.bindings(additions), header, tensors)
@@ -173,7 +174,7 @@ def session_graph(
     Raises:
         UserError: an extra is not installed, the network cannot be exported, or the graph does not compute what it does.
     """
-    content = stored(integer_graph(model, header, tensors, example_inputs, additions, int32=True))
+    content = stored(integer_graph(model, header, tensors, example_inputs, additions, sums=True))
     return np.frombuffer(content, np.uint8)
 
 

@@ -15,6 +15,7 @@ from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError, nearest
 from bitswitch.export.artifact import Additions, contents
 from bitswitch.export.graph import IntegerGraph, hold_against, integer_graph
+from bitswitch.export.lowering import remove_dead, standard_sums
 from bitswitch.nn import widths
 from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
@@ -146,6 +147,7 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
         if bits < 8 and assignment[product.layer] <= bits and product.kind != "int32"
     }
     _decide(graph.model.graph, arrays)
+    standard_sums(graph.model)
     for name, value in list(graph.model.graph.initializers.items()):
         if name in arrays:
             dtype = _PACKED[bits] if name in packed else ir.DataType.from_numpy(arrays[name].dtype)
@@ -170,18 +172,28 @@ def _decide(graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> None:
         condition = node.inputs[0] if node.op_type == "If" else None
         if condition is None or condition.name is None or condition.name not in arrays:
             continue
-        (taken,) = node.attributes["then_branch" if arrays[condition.name] else "else_branch"].as_graph()
-        old = node.outputs[0]
-        if taken.op_type == "Identity":
-            new = taken.inputs[0]
-            assert new is not None
-        else:
-            made = ir.node(taken.op_type, taken.inputs, outputs=[ir.Value(name=f"{old.name}.clipped")])
-            graph.insert_before(node, made)
-            new = made.outputs[0]
+        taken, other = (node.attributes[name].as_graph() for name in ("then_branch", "else_branch"))
+        if not arrays[condition.name]:
+            taken, other = other, taken
+        old, (new,) = node.outputs[0], taken.outputs
+        taken.outputs.clear()
+        for inner in list(taken):
+            taken.remove(inner)
+            # Names of nodes are a subgraph's own.
+            inner.name = inner.outputs[0].name
+            graph.insert_before(node, inner)
+        identity = new.producer()
+        if identity is not None and identity.op_type == "Identity":
+            given = identity.inputs[0]
+            assert given is not None
+            new = given
+            graph.remove(identity, safe=False)
+        if old.is_graph_output():
+            graph.outputs[graph.outputs.index(old)] = new
+            old.name, new.name = f"{new.name}.before", old.name
         old.replace_all_uses_with(new)
-        for name in ("then_branch", "else_branch"):
-            for inner in node.attributes[name].as_graph():
-                for index in range(len(inner.inputs)):
-                    inner.replace_input_with(index, None)
+        for inner in other:
+            for index, value in enumerate(inner.inputs):
+                inner.replace_input_with(index, None)
+                remove_dead(graph, None if value is None or value.graph is not graph else value.producer())
         graph.remove(node, safe=True)

@@ -23,6 +23,8 @@ Arrays = dict[str, np.ndarray]
 
 _SIGNED_ZERO_POINT = 128
 _SATURATION = 2**15
+# A byte of a branch is fine enough beside codes of this many bits or more.
+_LEAST_BITS_IN_BYTES = 6
 # A bias beyond this would leave an int32 accumulator too little room for the products.
 _GREATEST_BIAS = 2**29
 _LEAST_SCALE = 1e-30
@@ -52,22 +54,26 @@ class Quantizer:
 class Product:
     """A convolution or matrix product of a layer, with the batch normalization that follows it folded in.
 
-    Five kinds. "conv": its result goes straight to the next layer's quantizer. "branch": its result gets 8 bits per channel and
-    goes on as floats, `byte * step + offset`. "int32": it ends in integers that a float multiplication and addition follow.
-    "float": a float convolution of dequantized codes. "linear": a matrix product, which ends in floats by itself.
+    Seven kinds. "conv": its result goes straight to the next layer's quantizer. "sums": an integer matrix product of patches,
+    which ends in floats. "branch": its result gets 8 bits per channel and goes on as floats, `byte * step + offset`. "either":
+    the graph has the forms of "branch" and of "sums", and a flag says which. "int32": it ends in integers that a float
+    multiplication and addition follow. "float": a float convolution of dequantized codes. "linear": a matrix product, which
+    ends in floats by itself.
 
     Arrays: `<prefix>.codes` int8 in the weight's shape ("linear": [in, out]; "int32": uint8, 128 higher), `.scale` float32
     [out] and `.zero` int8 [out]; `.bias` int32 [out] and `.bias_scale` float32 [out], or `.bias` float32 [out] alone for
     "linear" and "float". "branch" has more: `.step`, `.offset`, `.mean` (0) and `.variance` (1), float32 [out], of the batch
-    normalization that applies the first two. "int32": `.codes`, `.zero` uint8 [], `.multiplier`, `.offset` [out, 1, ...].
+    normalization that applies the first two. "sums": `.codes`, `.sum_zero` int8 [out], `.sum_scale`, `.sum_bias`
+    float32 [out]. "either": those of both, and `.in_bytes` bool []. "int32": `.codes`, `.zero` uint8 [],
+    `.multiplier`, `.offset` [out, 1, ...].
 
     Attributes:
         prefix: of the names of its arrays.
         layer: whose weight it is.
-        kind: "conv", "branch", "int32", "float" or "linear".
+        kind: see above.
         into: of a "conv", the prefix of the input quantizer that alone reads its result.
-        ranges: of a "branch", at every width, highest first, the least and the greatest result of every channel; calibrated at
-            export.
+        ranges: of a "branch" or "either", at every width, highest first, the least and the greatest result of every channel;
+            calibrated at export.
         bias: the tensor of the float bias, or None.
         norm: the batch normalization folded in, or None.
         epsilon: of the batch normalization.
@@ -97,7 +103,8 @@ class Bindings:
     """All that a graph leaves open.
 
     Attributes:
-        additions: "requantized" (convolutions that feed one end in 8 bits) or "exact" (in 32).
+        additions: "requantized" (convolutions that feed one end in 8 bits where every layer has 6 or more, else in floats) or
+            "exact" (all end in floats).
     """
 
     additions: str
@@ -296,13 +303,21 @@ def _product(artifact: _Artifact, product: Product, thresholds: np.ndarray, fill
             "multiplier": multiplier.reshape(shape),
             "offset": offset.reshape(shape),
         }
-    if product.kind == "branch":
-        return _branch(artifact, product, codes, scale, c, 2**shift)
+    if product.kind == "sums":
+        return _sums(codes, scale, c)
+    if product.kind in ("branch", "either"):
+        found = _branch(artifact, product, codes, scale, c, 2**shift)
+        if product.kind == "branch":
+            return found
+        # Weights that are packed are computed in floats, whatever the graph: there is no matrix of patches of them.
+        in_bytes = shift != fine_shift or min(artifact.assignment.values()) >= _LEAST_BITS_IN_BYTES
+        return found | _sums(codes, scale, c) | {"in_bytes": np.asarray(in_bytes)}
     codes, scale = _with_room_for_bias(codes, scale, np.abs(c) / input_scale)
-    bias_scale = input_scale * scale / 2 ** (fine_shift - shift)
-    unit = np.abs(bias_scale)
-    bias = _nearest_bias(c / unit, thresholds / unit[:, None], 2**fine_shift) * np.sign(scale)
-    return _convolution(codes, scale, bias, bias_scale)
+    fine = 2 ** (fine_shift - shift)
+    unit = input_scale * np.abs(scale) / fine
+    bias, stretch = _whole_bias(c / unit, thresholds / unit[:, None], 2**fine_shift)
+    scale = scale / stretch
+    return _convolution(codes, scale, bias * np.sign(scale), input_scale * scale / fine)
 
 
 def _convolution(codes: np.ndarray, scale: np.ndarray, bias: np.ndarray, bias_scale: np.ndarray) -> Arrays:
@@ -338,22 +353,56 @@ def _branch(
     }
 
 
-def _nearest_bias(bias: np.ndarray, thresholds: np.ndarray, step: int) -> np.ndarray:
-    """The whole numbers that stand best for the biases of a convolution's channels.
+def _whole_bias(bias: np.ndarray, thresholds: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+    """The whole numbers that stand best for the biases of a convolution's channels, and how far to stretch its thresholds.
 
-    Sums of products are multiples of `step`, so that a code steps up at one of few sums. Of the whole numbers around the bias,
-    that is taken with which most codes step up at the same sum as with the bias itself, and of those the nearest.
+    Sums of products are multiples of `step`, so that a code steps up at one of few sums. With a whole bias and the thresholds a
+    little further from zero, or nearer, all codes of a channel can often step up at the very sums at which they do with the
+    bias itself. Every threshold bounds the factor to an interval; of the whole numbers around the bias, that is taken which
+    lets most intervals meet, and of those the nearest.
 
     Args:
         bias: float64 [out], in units of the accumulator.
-        thresholds: float64 [out, codes], where codes step up, in the same units.
+        thresholds: float64 [out, codes], none of them 0, where codes step up, in the same units.
         step: of the accumulator.
+
+    Returns:
+        (bias, factor), float64 [out]. A factor beside 1 divides the scale.
     """
-    candidates = np.floor(bias)[:, None] + np.arange(-1, 3)
-    exact = np.ceil((thresholds - bias[:, None]) / step)
-    found = np.ceil((thresholds[:, None, :] - candidates[:, :, None]) / step)
-    wrong = (found != exact[:, None, :]).sum(-1) + np.abs(candidates - bias[:, None]) / 4
-    return np.take_along_axis(candidates, wrong.argmin(1)[:, None], 1)[:, 0]
+    if not thresholds.shape[1]:
+        return np.round(bias), np.ones_like(bias)
+    sums = np.ceil((thresholds - bias[:, None]) / step) * step
+    nearest = np.round(bias)
+    best, best_factor, most = nearest, np.ones_like(bias), np.full(bias.shape, -np.inf)
+    for candidate in (nearest, nearest - 1, nearest + 1):
+        bounds = np.stack([sums - step, sums]) + candidate[:, None]
+        bounds /= thresholds
+        factor, met = _most_met(bounds.min(0), bounds.max(0))
+        better = met > most
+        best, best_factor = np.where(better, candidate, best), np.where(better, factor, best_factor)
+        most = np.where(better, met, most)
+    return best, best_factor
+
+
+def _most_met(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """In each row, a number that lies in as many intervals `low` to `high` as any does, and in how many it lies."""
+    ends = np.concatenate([low, high], 1)
+    order = ends.argsort(1, kind="stable")
+    ends = np.take_along_axis(ends, order, 1)
+    inside = np.where(order < low.shape[1], 1, -1).cumsum(1)
+    # Not the last end, behind which there is no interval.
+    at = inside[:, :-1].argmax(1)[:, None]
+    middle = (np.take_along_axis(ends, at, 1) + np.take_along_axis(ends, at + 1, 1)) / 2
+    return middle[:, 0], np.take_along_axis(inside, at, 1)[:, 0]
+
+
+def _sums(codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:
+    return {
+        "codes": codes,
+        "sum_zero": np.zeros(len(codes), np.int8),
+        "sum_scale": scale.astype(np.float32),
+        "sum_bias": c.astype(np.float32),
+    }
 
 
 def _float_result(codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:
