@@ -32,6 +32,7 @@ test: lint
 results: $(VENV)/.demo
 	$(BIN)/python -m bitswitch.report README.md results
 	$(BIN)/python -m bitswitch.report docs/performance.md results/performance
+	$(BIN)/python -m bitswitch.report docs/results.md results/cifar10
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info

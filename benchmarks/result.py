@@ -10,10 +10,16 @@ from typing import Any
 
 from scipy.stats import quantile_test
 
+from bitswitch import files
 from bitswitch.machine import machine, source_commit
 
 # When the benchmark starts: what runs is what is there then.
 _COMMIT = source_commit()
+
+
+def commit() -> str | None:
+    """The commit of the checkout when this process began."""
+    return _COMMIT
 
 
 def command() -> str:
@@ -44,7 +50,7 @@ def write(
         split: of the data.
         seeds: of everything random.
         note: what a reader must know.
-        more: single measurements, beside the table.
+        more: measurements beside the table; `command` and `commit` replace those of this process.
     """
     document = {
         "title": title,
@@ -59,8 +65,18 @@ def write(
         "rows": rows,
         **more,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    files.write(path, (_json(document) + "\n").encode())
+
+
+def _json(value: Any, indent: str = "") -> str:
+    """Indented JSON with a list of numbers and words on one line."""
+    inner = indent + " "
+    if isinstance(value, dict) and value:
+        lines = [f"{inner}{json.dumps(str(key))}: {_json(one, inner)}" for key, one in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(one, (dict, list)) for one in value):
+        return "[\n" + ",\n".join(inner + _json(one, inner) for one in value) + f"\n{indent}]"
+    return json.dumps(value)
 
 
 def spread(ratios: Sequence[float]) -> dict[str, Any]:

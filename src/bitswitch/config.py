@@ -92,7 +92,7 @@ class QuantizedPart(EnginePart):
 class TrainPart(QuantizedPart):
     """Joint multi-precision training, from the float network."""
 
-    method: Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer"] = "double_rounding"
+    method: Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer", "centred"] = "double_rounding"
     scale_form: Literal["raw", "log"] = "log"
     per_channel: bool = False
     lsq_factor: bool = True

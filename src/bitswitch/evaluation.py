@@ -97,7 +97,8 @@ def evaluate_file(
     model, world = subject.model.to(device), world or World()
     keys = {}
     if len(wanted) > 1 and not confusion:
-        about = [files.file_digest(path), data.fingerprint(), split, str(recalibration_images), device.type]
+        views = f"{recalibration_images} augmented" if recalibration_images else ""
+        about = [files.file_digest(path), data.fingerprint(), split, views, device.type]
         keys = {i: _key(about, one.precision) for i, one in enumerate(wanted) if one.choice is not None}
     scored = _kept(keys, world)
     matrices: dict[int, Tensor] = {}
@@ -107,7 +108,7 @@ def evaluate_file(
     for start in range(0, len(left), at_once):
         some = left[start : start + at_once]
         if recalibration_images:
-            recalibrate(model, _images(data, recalibration_images, device), wanted[some[0]].precision)
+            recalibrate(model, training_views(data, recalibration_images, device), wanted[some[0]].precision)
         batches = data.evaluation_batches(split, batch_size=_BATCH, device=device, rank=world.rank, world=world.size)
         counts: list[Tensor] = []
         predictions: list[Tensor] = []
@@ -322,8 +323,17 @@ def _data(path: str | Path, name: str, subject: _Subject) -> DataSet:
     return data
 
 
-def _images(data: DataSet, count: int, device: torch.device) -> list[Tensor]:
-    return [part.to(device) for part in data.sample(count).split(_BATCH)]
+def training_views(data: DataSet, count: int, device: torch.device) -> list[Tensor]:
+    """Batches of `count` training images in all, augmented as training sees them, the same every time.
+
+    Shifts bring black borders into the statistics that the network was trained with; those of the bare images are others.
+    """
+    views: list[Tensor] = []
+    for images, _ in data.training_batches(batch_size=min(_BATCH, count), seed=0, device=device).epoch(0):
+        views.append(images[: count - sum(map(len, views))])
+        if sum(map(len, views)) == count:
+            break
+    return views
 
 
 def _few(names: Sequence[str]) -> str:

@@ -75,7 +75,7 @@ def check_same(model, forward, x, wanted, **tolerance):
 @pytest.mark.parametrize("transitional", [False, True])
 @pytest.mark.parametrize(
     "options", [{}, {"per_channel": True, "scale_form": "raw"}, {"method": "per_width"}, {"method": "lsq"},
-                {"method": "adabits"}, {"method": "bit_mixer"}], ids=str
+                {"method": "adabits"}, {"method": "bit_mixer"}, {"method": "centred"}], ids=str
 )  # fmt: skip
 def test_the_twin_is_the_model(options, transitional, wanted):
     model, x = quantized(**options)

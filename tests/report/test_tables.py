@@ -49,7 +49,10 @@ def test_bad_files(tmp_path):
         update(tmp_path / "d.md", tmp_path)
 
 
-@pytest.mark.parametrize(("document", "results"), [("README.md", "."), ("docs/performance.md", "performance")])
+@pytest.mark.parametrize(
+    ("document", "results"),
+    [("README.md", "."), ("docs/performance.md", "performance"), ("docs/results.md", "cifar10")],
+)
 def test_documents_hold_what_the_result_files_say(tmp_path, document, results):
     copy = tmp_path / "copy.md"
     copy.write_text((ROOT / document).read_text())

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -101,29 +102,34 @@ def test_float_training_lowers_the_loss(network, images):
     assert losses[-1] < losses[0]
 
 
-def test_scale_gradients_are_recorded_by_layer_and_width(quantized, images):
+@pytest.mark.parametrize("form", ["raw", "log"])
+def test_scales_and_gradients_are_recorded_by_layer_and_width(network, images, form):
+    quantized = bs.quantize(network, example_inputs=images, scale_form=form)
     observed = ScaleGradients(quantized)
-    sizes = {}
+    seen = {}
 
     def both(width):
         observed.add(width)
         layer = quantized.conv2
-        sizes.setdefault(width, []).append(
-            (
-                layer.weight_quantizer.scale_parameter.grad.abs().item(),
-                layer.input_quantizer.scale_parameter[str(width)].grad.abs().item(),
-            )
-        )
+        scales = layer.weight_quantizer, layer.input_quantizer
+        gradients = [scale.selected(width)["scale_parameter"].grad.abs().item() for scale in scales]
+        values = [layer.weight_quantizer.scale().item(), layer.input_quantizer.scale(width).item()]
+        seen.setdefault(width, []).append([*gradients, *values, layer.weight.grad.norm().item()])
 
     objective = joint(quantized, on_gradients=both)
     for _ in range(3):
         objective.step(images, LABELS, 1.0)
     rows = {(row["bits"], row["layer"]): row for row in observed.rows()}
     assert set(rows) == {(w, n) for w in (8, 6, 4, 2) for n in bs.widths(quantized)}
-    for width, pairs in sizes.items():
-        row = rows[width, "conv2"]
-        assert row["weight_mean"] == pytest.approx(sum(p[0] for p in pairs) / 3, rel=1e-5)
-        assert row["input_max"] == pytest.approx(max(p[1] for p in pairs), rel=1e-6)
+    for width, steps in seen.items():
+        row, steps = rows[width, "conv2"], np.array(steps)
+        moves = np.abs(np.diff(np.log(steps[:, 2:4]), axis=0)).mean(0)
+        for i, side in enumerate(("weight", "input")):
+            assert row[f"{side}_mean"] == pytest.approx(steps[:, i].mean(), rel=1e-5)
+            assert row[f"{side}_max"] == pytest.approx(steps[:, i].max(), rel=1e-6)
+            assert row[f"{side}_scale"] == pytest.approx(steps[-1, 2 + i], rel=1e-5)
+            assert row[f"{side}_move"] == pytest.approx(moves[i], rel=1e-2) and moves[i] > 1e-5
+        assert row["gradient_norm"] == pytest.approx(steps[:, 4].mean(), rel=1e-5)
     assert observed.rows() == []
 
 

@@ -3,6 +3,8 @@ import copy
 import torch
 
 import bitswitch as bs
+from bitswitch.data import load_data
+from bitswitch.evaluation import training_views
 from bitswitch.training.recalibrate import recalibrate
 
 
@@ -23,3 +25,12 @@ def test_statistics_are_those_of_the_images_at_that_width(quantized, images):
     after = quantized.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".variants.2." in name for name in changed)
+
+
+def test_images_are_seen_as_training_sees_them():
+    data = load_data("digits", val_fraction=0.1)
+    first, last = training_views(data, 300, torch.device("cpu"))
+    assert len(first) == 256 and len(last) == 44
+    again = next(data.training_batches(batch_size=256, seed=0, device=torch.device("cpu")).epoch(0))[0]
+    assert torch.equal(first, again) and not torch.equal(first[:100], data.sample(100))
+    assert [len(x) for x in training_views(data, 20, torch.device("cpu"))] == [20]

@@ -51,7 +51,7 @@ def quantize(
         keep: layers that stay float, as names or patterns ("blocks.*.fc1"), on top of the first and the last.
         keep_first_last: keep the first and the last layer that run float, as the paper does.
         method: "double_rounding"; or, to compare with, "per_width" (a weight scale for each width), "lsq", "adabits",
-            "bit_mixer": these keep float weights and cannot be saved.
+            "bit_mixer", "centred": these keep float weights and cannot be saved.
         per_channel: one weight scale per output channel instead of one per tensor.
         scale_form: learn the logarithm of each scale ("log"), or the scale itself ("raw").
         lsq_factor: multiply scale gradients by 1 / sqrt(N Qp) (LSQ).

@@ -19,12 +19,14 @@ from bitswitch.numerics.scales import GREATEST_SCALE, LEAST_SCALE
 InputKind = Literal["unsigned", "signed", "zero_point"]
 ScaleForm = Literal["raw", "log"]
 # "double_rounding" is the method; "per_width" is the paper's variant with one weight scale for each width; "lsq", "adabits"
-# and "bit_mixer" are the rivals of its figure 2. All but the first keep a float master and cannot be saved as an artifact.
-Method = Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer"]
+# and "bit_mixer" are the rivals of its figure 2, "centred" is a candidate (docs/results.md). All but the first keep a float
+# master and cannot be saved as an artifact.
+Method = Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer", "centred"]
 _NARROWINGS: dict[Method, Narrowing] = {
     "double_rounding": "half_up",
     "adabits": "floor",
     "bit_mixer": "floor_symmetric",
+    "centred": "centred",
 }
 
 
@@ -67,7 +69,7 @@ class Quantizer(nn.Module):
         """`x` as it is at `width` bits, float, with gradients to itself and to the parameters of the width."""
         return self.quantize(x, *self.numbers(width), **self.selected(width))
 
-    def _positive(self, parameter: Tensor) -> Tensor:
+    def positive(self, parameter: Tensor) -> Tensor:
         """The scale that a parameter stands for: in [2^-30, 2^30], whatever an optimizer wrote into the parameter."""
         if self.form == "log":
             return bounded(parameter, math.log(LEAST_SCALE), math.log(GREATEST_SCALE)).exp()
@@ -83,7 +85,7 @@ class WeightQuantizer(Quantizer):
     Args:
         widths: candidate widths, highest first.
         shape: the scale's shape: () per tensor, or [out, 1, ...] per channel.
-        method: "double_rounding" (arXiv 2502.01199, section 3), or the rivals "adabits" and "bit_mixer".
+        method: "double_rounding" (arXiv 2502.01199, section 3), or, to compare with, "adabits", "bit_mixer", "centred".
         form: what is learned, the scale or its logarithm.
         lsq_factor: multiply scale gradients by 1 / sqrt(N Qp).
     """
@@ -110,7 +112,7 @@ class WeightQuantizer(Quantizer):
 
     def scale(self) -> Tensor:
         """`s_h`, always positive and finite."""
-        return self._positive(self.scale_parameter)
+        return self.positive(self.scale_parameter)
 
     def scale_parameters(self) -> list[nn.Parameter]:
         """What an optimizer of scales moves."""
@@ -148,7 +150,7 @@ class WeightQuantizer(Quantizer):
         """A weight at a width, from the codes of the highest."""
         return double_round(
             x,
-            self._positive(selected["scale_parameter"]),
+            self.positive(selected["scale_parameter"]),
             high=self.high,
             low=numbers[0],
             narrowing=self.narrowing,
@@ -214,7 +216,7 @@ class PerWidthWeightQuantizer(Quantizer):
 
     def quantize(self, x: Tensor, *numbers: Any, **selected: Tensor) -> Tensor:
         """A weight at a width, rounded once."""
-        scale = self._positive(selected["scale_parameter"])
+        scale = self.positive(selected["scale_parameter"])
         if self.method == "lsq":
             least, greatest = numbers
             return learned_step(x, scale, bounds=(least, greatest), lsq_factor=self.lsq_factor)
@@ -251,7 +253,7 @@ class ActivationQuantizer(Quantizer):
 
     def scale(self, width: int) -> Tensor:
         """The scale of a width, always positive and finite."""
-        return self._positive(self.scale_parameter[str(width)])
+        return self.positive(self.scale_parameter[str(width)])
 
     def offset_at(self, width: int) -> Tensor | None:
         """The offset of a width, never NaN; None where there is no zero-point."""
@@ -283,7 +285,7 @@ class ActivationQuantizer(Quantizer):
         offset = selected.get("offset")
         return learned_step(
             x,
-            self._positive(selected["scale_parameter"]),
+            self.positive(selected["scale_parameter"]),
             bounds=(least, greatest),
             offset=None if offset is None else self._held(offset),
             lsq_factor=self.lsq_factor,

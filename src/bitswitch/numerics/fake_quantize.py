@@ -14,7 +14,7 @@ from bitswitch.codes import narrow, signed_range
 
 # How codes of the highest width become codes of a lower one: "half_up" is the law of `codes.narrow`; the others are the
 # rivals that the paper compares with.
-Narrowing = Literal["half_up", "floor", "floor_symmetric"]
+Narrowing = Literal["half_up", "floor", "floor_symmetric", "centred"]
 # An int, or a 0-dim tensor of one: a width, or a bound of codes. As tensors, one compiled graph serves all of them.
 Integer = Any
 
@@ -47,14 +47,23 @@ def narrowed_codes(
     """Codes of `low` bits, derived from those of `high` bits: int8, the shape of `weight`.
 
     "half_up": `codes.narrow`. "floor" (AdaBits): `floor(q_h / 2^D)`. "floor_symmetric" (Bit-Mixer): the same, the lowest
-    code of either width dropped, so that codes of b bits lie in [-(2^(b-1) - 1), 2^(b-1) - 1].
+    code of either width dropped, so that codes of b bits lie in [-(2^(b-1) - 1), 2^(b-1) - 1]. "centred": floor, and a code
+    stands for the middle of the codes that it came from; see `centre`.
     """
     codes = weight_codes(weight, scale, high)
     if narrowing == "half_up":
         return narrow(codes, high, low)
-    if narrowing == "floor":
+    if narrowing in ("floor", "centred"):
         return codes >> (high - low)
     return (codes.clamp(min=code_range(high, narrowing)[0]) >> (high - low)).clamp(min=code_range(low, narrowing)[0])
+
+
+def centre(high: Integer, low: Integer, narrowing: Narrowing) -> Any:
+    """What is added to a code of `low` bits before it is scaled: 0, or for "centred" `(1 - 2^-D) / 2`, D = high - low.
+
+    The codes `q_l 2^D ... q_l 2^D + 2^D - 1` of the highest width lie evenly around `(q_l + centre) 2^D`.
+    """
+    return 0.5 - 0.5 / (1 << (high - low)) if narrowing == "centred" else 0
 
 
 def code_range(bits: Integer, narrowing: Narrowing) -> tuple[Integer, Integer]:
@@ -93,6 +102,8 @@ class _NarrowedWeight(torch.autograd.Function):
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         codes = narrowed_codes(wide, scale, high=high, low=low, narrowing=narrowing)
         # An integer cannot carry a NaN on to the loss; adding 0 * W does, and changes no finite result.
+        if narrowing == "centred":
+            codes = codes + centre(high, low, narrowing)
         return _product(codes + wide * 0, scale * (1 << (high - low)), weight.dtype)
 
     @staticmethod
@@ -103,12 +114,16 @@ class _NarrowedWeight(torch.autograd.Function):
         ratio = 1 << (high - low)
         least, greatest = code_range(low, ctx.narrowing)
         v = weight / (scale * ratio)
+        if ctx.narrowing == "centred":
+            v = v - centre(high, low, ctx.narrowing)
         inside = (v >= least) & (v <= greatest)
         grad_weight = gradient * inside if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
             q = narrowed_codes(weight, scale, high=high, low=low, narrowing=ctx.narrowing)
-            per_element = gradient * torch.where(inside, q - v, v.clamp(least, greatest))
+            per_element = gradient * torch.where(
+                inside, q - v, v.clamp(least, greatest) + centre(high, low, ctx.narrowing)
+            )
             factor = _lsq_factor(weight.numel(), scale.numel(), greatest, ctx.lsq_factor)
             grad_scale = (per_element.sum_to_size(scale.shape) * (ratio * factor)).to(scale.dtype)
         return grad_weight, grad_scale, None, None, None, None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitswitch.numerics.fake_quantize import Narrowing, narrowed_codes
+from bitswitch.numerics.fake_quantize import Narrowing, centre, narrowed_codes
 
 # A power of two far from every scale that a network uses, whose product with 2^6 is still an ordinary float32.
 LEAST_SCALE = 2.0**-30
@@ -93,7 +93,7 @@ def _weight_errors(x: Tensor, candidates: Tensor, high: int, low: int, narrowing
     errors = []
     for scale in candidates:
         codes = narrowed_codes(x, scale, high=high, low=low, narrowing=narrowing)
-        errors.append((codes * (scale * 2 ** (high - low)) - x).square_().sum(1))
+        errors.append(((codes + centre(high, low, narrowing)) * (scale * 2 ** (high - low)) - x).square_().sum(1))
     return torch.stack(errors)
 
 

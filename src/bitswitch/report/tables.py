@@ -10,6 +10,7 @@ from typing import Any
 
 from bitswitch import files
 from bitswitch.errors import UserError
+from bitswitch.report.accuracy import accuracy_tables
 
 _BEGIN = "<!-- results:begin -->"
 _END = "<!-- results:end -->"
@@ -37,16 +38,24 @@ def _line(cells: list[Any]) -> str:
 def update(document: str | Path, results: str | Path) -> None:
     """Put the tables of all result files of a folder between the markers of a Markdown document.
 
+    Each file gives a table of its own; files of trainings, which name a variant, are put together instead.
+
     Raises:
         UserError: a result file lacks a field, or the document lacks the markers.
     """
     document = Path(document)
-    tables = []
+    tables, trainings = [], []
     for path in sorted(Path(results).glob("*.json")):
         try:
-            tables.append(render(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, KeyError, TypeError) as error:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if "variant" in value:
+                accuracy_tables([value])
+                trainings.append(value)
+            else:
+                tables.append(render(value))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is not a result file: {error!r}") from error
+    tables += accuracy_tables(trainings)
     text = document.read_text(encoding="utf-8")
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)

@@ -17,7 +17,7 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], precision: Precision
 
     Args:
         model: made by `bitswitch.quantize`, or loaded.
-        images: batches [N, C, H, W] on the model's device, of training images, not augmented.
+        images: batches [N, C, H, W] on the model's device, of training images, augmented as in training.
         precision: the width or assignment that the statistics are for; None: the widths in use.
     """
     with evaluating(model), switched(model, precision) if precision is not None else nullcontext():

@@ -1,0 +1,301 @@
+"""What ways of training reach on CIFAR-10: one result file for each job, a way of training at one seed.
+
+    python benchmarks/accuracy.py --data CIFAR_FOLDER --start CHECKPOINT          # all jobs of QUEUE that have no file yet
+    python benchmarks/accuracy.py screen-ours-seed0 float-seed1 --data ... --start ...
+
+`float-seedK` fine-tunes the published weights (--start) and keeps what it reaches as float-seedK.safetensors beside its
+result file: every other job of that seed starts from this file, so that drops are from one and the same float network.
+`glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is long and also scored on test. A job that was
+killed goes on from its last epoch while --work is there; a job whose file is there is done. `make results` writes
+docs/results.md from the files. On a machine that others use, OMP_NUM_THREADS=1 gives more images a second.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+import result
+from bitswitch import files
+from bitswitch.models.weights import read_weights
+
+RECIPE = "cifar10-resnet20"
+DATA = "CIFAR-10, JPEG-compressed (quality 75)"
+# The mean and standard deviation that the published weights were trained with.
+NORMALIZED = ("data.mean=[0.485, 0.456, 0.406]", "data.std=[0.229, 0.224, 0.225]")
+FLOAT = ("pretrain.epochs=12", "pretrain.lr=0.05", "pretrain.precision=bfloat16", "pretrain.compile=true")
+JOINT = ("train.precision=bfloat16", "train.compile=true", "train.record_scale_gradients=true")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a job trains, and on what it is judged."""
+
+    words: tuple[str, ...]
+    splits: tuple[str, ...]
+
+
+SCHEDULES = {
+    "glance": Schedule(("train.epochs=1",), ("val",)),
+    "screen": Schedule(("train.epochs=5",), ("val",)),
+    "decide": Schedule(("train.epochs=20",), ("val", "test")),
+}
+PAPER = ("train.scale_form=raw", "train.alrs=printed", "train.eta=paper")
+RIVALS = ("lsq", "adabits", "bit_mixer", "per_width")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "ours": (),
+    "paper": PAPER,
+    "alrs-off": ("train.alrs=off",),
+    "eta-paper": ("train.eta=paper",),
+    "raw": ("train.scale_form=raw",),
+    "raw-eta-paper": ("train.scale_form=raw", "train.eta=paper"),
+    "raw-alrs-off": ("train.scale_form=raw", "train.alrs=off"),
+    "kd-float": ("train.distillation.teacher=float",),
+    "kd-highest": ("train.distillation.teacher=highest",),
+    "per-channel": ("train.per_channel=true",),
+    "accumulate": ("train.order=accumulate",),
+    "centred": ("train.method=centred",),
+    **{method.replace("_", "-"): (f"train.method={method}",) for method in RIVALS},
+    **{f"lsq-{bits}-alone": ("train.method=lsq", f"bits=[{bits}]") for bits in (8, 4, 2)},
+    "ours-432": ("bits=[4, 3, 2]",),
+    "paper-432": ("bits=[4, 3, 2]", *PAPER),
+}
+_SCREENED = (
+    *(
+        "ours",
+        "paper",
+        "centred",
+        "alrs-off",
+        "kd-float",
+        "kd-highest",
+        "per-channel",
+        "accumulate",
+        "raw",
+        "eta-paper",
+    ),
+    *("raw-eta-paper", "raw-alrs-off", "lsq"),
+)
+_DECIDED = ("ours", "paper", "lsq", "ours-432", "paper-432", "lsq-8-alone", "lsq-4-alone", "lsq-2-alone", *RIVALS[1:3])
+QUEUE = (
+    "float-seed0",
+    *(f"glance-{variant}-seed0" for variant in ("ours", "centred")),
+    *(f"screen-{variant}-seed0" for variant in _SCREENED),
+    *(f"float-seed{seed}" for seed in (1, 2)),
+    *(f"decide-{variant.replace('_', '-')}-seed{seed}" for seed in range(3) for variant in _DECIDED),
+)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are on this machine."""
+
+    data: str | None
+    start: str | None
+    work: Path
+    results: Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", default=list(QUEUE))
+    parser.add_argument("--data", help="folder with train/ and test/")
+    parser.add_argument("--start", help="published float weights; for float jobs alone")
+    parser.add_argument("--work", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--results", type=Path, default=Path("results/cifar10"))
+    options = parser.parse_args()
+    places = Places(options.data, options.start, options.work, options.results)
+    for job in options.jobs:
+        parts(job)
+    for job in options.jobs:
+        do(job, places)
+
+
+def parts(job: str) -> tuple[str, str, int]:
+    """(schedule, variant, seed) of a job's name; the schedule of the baseline is "float", its variant too."""
+    found = re.fullmatch(r"(?:(float)|(\w+?)-(.+))-seed(\d+)", job)
+    if found is not None:
+        schedule, variant = ("float", "float") if found[1] else (found[2], found[3])
+        if found[1] or (schedule in SCHEDULES and variant in VARIANTS):
+            return schedule, variant, int(found[4])
+    sys.exit(
+        f"{job} is no job: SCHEDULE-VARIANT-seedK of {', '.join(SCHEDULES)} and {', '.join(VARIANTS)}, or float-seedK"
+    )
+
+
+def do(job: str, places: Places) -> None:
+    """Do a job and write its file, unless it is there."""
+    path = places.results / f"{job}.json"
+    if path.exists():
+        print(f"{job}: {path} is there, nothing to do", flush=True)
+        return
+    schedule, variant, seed = parts(job)
+    print(f"{job}: begins or goes on", flush=True)
+    run = places.work / job
+    commits = _commits(places.work / f"{job}.commits")
+    if schedule == "float":
+        document = _float(run, seed, places)
+    else:
+        document = _quantized(run, SCHEDULES[schedule], VARIANTS[variant], seed, places)
+    words = f"python benchmarks/accuracy.py {job} --data CIFAR_FOLDER"
+    result.write(
+        path,
+        title=f"{RECIPE}: {job}",
+        data=DATA,
+        seeds=[seed],
+        command=words if schedule != "float" else f"{words} --start {Path(places.start or '').name}",
+        commit=commits[0],
+        commits=commits,
+        schedule=schedule,
+        variant=variant,
+        **document,
+    )
+    print(f"{job}: {path} is written", flush=True)
+
+
+def _commits(path: Path) -> list[str]:
+    """All commits that worked on a job, this one the last."""
+    known = path.read_text().splitlines() if path.exists() else []
+    now = result.commit() or "unknown"
+    if known[-1:] != [now]:
+        known.append(now)
+        files.write(path, "".join(f"{one}\n" for one in known).encode())
+    return known
+
+
+def _bitswitch(stage: str, run: Path, seed: int, places: Places, words: tuple[str, ...]) -> None:
+    where = () if places.data is None else (f"data.root={places.data}",)
+    command = [sys.executable, "-m", "bitswitch", stage, RECIPE, *where, *words, "--seed", str(seed), "--out", str(run)]
+    subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
+
+
+def _float(run: Path, seed: int, places: Places) -> dict[str, Any]:
+    start = () if places.start is None else (f"pretrain.checkpoint={places.start}",)
+    _bitswitch("pretrain", run, seed, places, (*NORMALIZED, *FLOAT, *start))
+    rows = _metrics(run, "pretrain")
+    weights = places.results / f"float-seed{seed}.safetensors"
+    files.write(weights, save(read_weights(run / "checkpoints" / "pretrain.pt")))
+    final = _finals(rows, ("val", "test"))
+    source = (
+        None if places.start is None else {"name": Path(places.start).name, "sha256": files.file_digest(places.start)}
+    )
+    return {
+        "split": "val, test",
+        "epochs": len(_curves(rows)["float"]["top1"]),
+        "columns": ["split", "top-1 %", "top-5 %", "loss"],
+        "rows": [[split, score["top1"], score["top5"], score["loss"]] for split, score in final["float"].items()],
+        "overrides": [*NORMALIZED, *FLOAT],
+        "started_from": source,
+        "data_sha256": _fingerprint(run),
+        "weights": {"name": weights.name, "sha256": files.file_digest(weights)},
+        "note": "The published weights have seen the images of val in their original form: val is flattered.",
+        "final": final,
+        "curves": _curves(rows),
+    }
+
+
+def _quantized(run: Path, schedule: Schedule, variant: tuple[str, ...], seed: int, places: Places) -> dict[str, Any]:
+    weights, scores = places.results / f"float-seed{seed}.safetensors", places.results / f"float-seed{seed}.json"
+    if not (weights.exists() and scores.exists()):
+        sys.exit(f"{weights} is not there: do float-seed{seed} first")
+    base = files.read_json(scores)
+    started = base["final"]["float"]
+    overrides = (*NORMALIZED, *JOINT, *schedule.words, *variant)
+    words = (*overrides, "pretrain.epochs=0", f"pretrain.checkpoint={weights}")
+    _bitswitch("pretrain", run, seed, places, words)
+    if _fingerprint(run) != base["data_sha256"]:
+        sys.exit(f"{places.data} holds other images than those of {scores}: a drop would compare nothing")
+    _bitswitch("train", run, seed, places, words)
+    rows = _metrics(run, "train")
+    final = {
+        bits: {split: score | {"drop": started[split]["top1"] - score["top1"]} for split, score in by_split.items()}
+        for bits, by_split in _finals(rows, schedule.splits).items()
+    }
+    artifact = run / "model.safetensors"
+    return {
+        "split": ", ".join(schedule.splits),
+        "epochs": len(next(iter(_curves(rows).values()))["top1"]),
+        "columns": ["bits", "split", "top-1 %", "below float", "top-5 %", "loss"],
+        "rows": [
+            [int(bits), split, score["top1"], score["drop"], score["top5"], score["loss"]]
+            for bits, by_split in final.items()
+            for split, score in by_split.items()
+        ],
+        "overrides": list(overrides),
+        "changed": list(variant),
+        "data_sha256": base["data_sha256"],
+        "started_from": {"name": weights.name, "sha256": files.file_digest(weights)},
+        "bits": [int(bits) for bits in final],
+        "artifact_bytes": artifact.stat().st_size if artifact.exists() else None,
+        "final": final,
+        "curves": _curves(rows),
+        **_scales(run),
+    }
+
+
+def _fingerprint(run: Path) -> str:
+    """Of all images and labels that a run has seen."""
+    digest: str = files.read_json(run / "stages.json")["pretrain"]["inputs"]["data"]
+    return digest
+
+
+def _metrics(run: Path, stage: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row | {"bits": str(row["bits"] or "float")} for row in rows if row["stage"] == stage]
+
+
+def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """{bits: {quantity: its value on val after every epoch}}."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in sorted((row for row in rows if row["split"] == "val"), key=lambda row: row["epoch"]):
+        for name in ("top1", "loss", "train_loss"):
+            found.setdefault(row["bits"], {}).setdefault(name, []).append(round(row[name], 4))
+    return found
+
+
+def _finals(rows: list[dict[str, Any]], splits: tuple[str, ...]) -> dict[str, dict[str, dict[str, float]]]:
+    """{bits: {split: score at the end}}; a training ends with a row for test whatever is asked for, which is left out."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["split"] in splits:
+            # Of val, the last epoch's stays.
+            score = {name: round(row[name], 4) for name in ("top1", "top5", "loss", "images")}
+            found.setdefault(row["bits"], {})[row["split"]] = score
+    return found
+
+
+def _scales(run: Path) -> dict[str, Any]:
+    """What was recorded of scales and gradients: means over layers after every epoch, and the last epoch's layers."""
+    rows = [json.loads(line) for line in (run / "scale_gradients.jsonl").read_text().splitlines()]
+    names = [name for name in rows[0] if name not in ("epoch", "bits", "layer")]
+    last = max(row["epoch"] for row in rows)
+    means: dict[str, dict[str, list[float]]] = {}
+    layers: dict[str, dict[str, list[float]]] = {}
+    for bits in dict.fromkeys(row["bits"] for row in rows):
+        own = [row for row in rows if row["bits"] == bits]
+        for name in names:
+            mean = _geometric_mean if name.endswith("_scale") else statistics.mean
+            by_epoch = [mean([row[name] for row in own if row["epoch"] == epoch]) for epoch in range(last + 1)]
+            means.setdefault(str(bits), {})[name] = [_short(value) for value in by_epoch]
+            layers.setdefault(str(bits), {})[name] = [_short(row[name]) for row in own if row["epoch"] == last]
+    order = list(dict.fromkeys(row["layer"] for row in rows))
+    return {"means_over_layers": means, "layers_of_the_last_epoch": {"order": order, **layers}}
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return math.exp(statistics.mean(math.log(value) for value in values))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+if __name__ == "__main__":
+    main()

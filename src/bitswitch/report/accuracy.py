@@ -1,0 +1,148 @@
+"""Tables of trainings, put together from one result file for each way of training and seed.
+
+Such a file has, beside what every result file has: "schedule" ("float" for the float networks that others start from),
+"variant", "changed" (overrides), "epochs", "bits", "final" {bits: {split: {"top1", "top5", "loss", "drop"}}}, "curves" {bits:
+{"top1": [one for each epoch]}} and "means_over_layers" {bits: {quantity: [one for each epoch]}}.
+"""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_Result = Mapping[str, Any]
+_QUANTITIES = {
+    "weight_scale": "weight scale",
+    "input_scale": "input scale",
+    "weight_move": "weight scale's move",
+    "input_move": "input scale's move",
+    "weight_mean": "weight scale's gradient",
+    "input_mean": "input scale's gradient",
+    "gradient_norm": "norm of the weights' gradient",
+}
+
+
+def accuracy_tables(results: Sequence[_Result]) -> list[str]:
+    """The float networks; then for every schedule and list of widths: what was reached, epoch by epoch, and the scales.
+
+    Several seeds of one way of training become their mean, with the sample standard deviation after ±.
+    """
+    tables = []
+    floats = [one for one in results if one["schedule"] == "float"]
+    if floats:
+        tables.append(_float_table(floats))
+    groups = _grouped(
+        (one for one in results if one["schedule"] != "float"), lambda r: (r["schedule"], tuple(r["bits"]))
+    )
+    for (schedule, bits), group in sorted(
+        groups.items(), key=lambda item: (item[0][0] != "decide", item[0][0], item[0][1])
+    ):
+        variants = sorted(_grouped(group, lambda r: r["variant"]).values(), key=lambda runs: _order(runs, bits))
+        epochs = "/".join(map(str, sorted({one["epochs"] for one in group})))
+        where = f"{schedule}, {epochs} epochs, bits {', '.join(map(str, bits))}"
+        for split in dict.fromkeys(split for one in group for split in one["final"][str(bits[0])]):
+            tables.append(_final_table(f"{where}: on {split}", variants, bits, split))
+        tables.append(_curve_table(f"{where}: top-1 % on val after each epoch", variants, bits))
+        tables.append(_scale_table(f"{where}: scales and gradients, first epoch → last", variants, bits))
+    return tables
+
+
+def _grouped(results: Iterable[_Result], key: Any) -> dict[Any, list[_Result]]:
+    groups: dict[Any, list[_Result]] = {}
+    for one in results:
+        groups.setdefault(key(one), []).append(one)
+    return groups
+
+
+def _order(runs: Sequence[_Result], bits: Sequence[int]) -> float:
+    """The drop on val summed over widths: the best way of training comes first."""
+    return sum(statistics.mean(run["final"][str(width)]["val"]["drop"] for run in runs) for width in bits)
+
+
+def _float_table(results: Sequence[_Result]) -> str:
+    splits = list(results[0]["final"]["float"])
+    head = ["seed", "epochs", *(f"{name}, {split}" for split in splits for name in ("top-1 %", "top-5 %", "loss"))]
+    rows = [
+        [
+            *(str(one["seeds"][0]), str(one["epochs"])),
+            *(
+                text
+                for split in splits
+                for score in [one["final"]["float"][split]]
+                for text in (f"{score['top1']:.2f}", f"{score['top5']:.2f}", f"{score['loss']:.3f}")
+            ),
+        ]
+        for one in sorted(results, key=lambda one: one["seeds"][0])
+    ]
+    return _table("Float networks, the start of all others", head, rows, results)
+
+
+def _final_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int], split: str) -> str:
+    head = ["variant", "what differs", "seeds", *(f"{b} bits" for b in bits), *(f"{b}: below float" for b in bits)]
+    rows = []
+    for runs in variants:
+        scores = [
+            [run["final"][str(width)][split] for run in runs if split in run["final"][str(width)]] for width in bits
+        ]
+        rows.append(
+            [
+                runs[0]["variant"],
+                ", ".join(f"`{word}`" for word in runs[0]["changed"]) or "nothing",
+                ", ".join(str(run["seeds"][0]) for run in runs),
+                *(_mean([score["top1"] for score in one]) for one in scores),
+                *(_mean([score["drop"] for score in one]) for one in scores),
+            ]
+        )
+    return _table(title, head, rows, [run for runs in variants for run in runs])
+
+
+def _curve_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int]) -> str:
+    epochs = max(run["epochs"] for runs in variants for run in runs)
+    rows = []
+    for runs in variants:
+        for width in bits:
+            curves = [run["curves"][str(width)]["top1"] for run in runs]
+            reached = [[curve[epoch] for curve in curves if epoch < len(curve)] for epoch in range(epochs)]
+            rows.append(
+                [runs[0]["variant"], str(width), *(f"{statistics.mean(one):.2f}" if one else "" for one in reached)]
+            )
+    return _table(title, ["variant", "bits", *map(str, range(1, epochs + 1))], rows)
+
+
+def _scale_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int]) -> str:
+    rows = []
+    for runs in variants:
+        for width in bits:
+            cells = []
+            for quantity in _QUANTITIES:
+                means = [run["means_over_layers"][str(width)][quantity] for run in runs]
+                first, last = (statistics.mean(mean[at] for mean in means) for at in (0, -1))
+                cells.append(f"{first:.3g} → {last:.3g}")
+            rows.append([runs[0]["variant"], str(width), *cells])
+    return _table(title, ["variant", "bits", *_QUANTITIES.values()], rows)
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], results: Sequence[_Result] = ()) -> str:
+    lines = [f"**{title}**", "", _line(head), _line(["---"] * len(head)), *map(_line, rows)]
+    if results:
+        lines += ["", _source(results)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _source(results: Sequence[_Result]) -> str:
+    machines = {
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}" for m in (one["machine"] for one in results)
+    }
+    commits = {(commit or "unknown")[:12] for one in results for commit in one["commits"]}
+    data = {one["data"] for one in results}
+    return f"{'; '.join(sorted(data))}. Commits {', '.join(sorted(commits))}. {'; '.join(sorted(machines))}."

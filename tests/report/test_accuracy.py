@@ -1,0 +1,169 @@
+"""Tables of trainings, and the benchmark that writes their files."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+import accuracy
+from bitswitch import cli
+from bitswitch.errors import UserError
+from bitswitch.models.weights import read_weights
+from bitswitch.report import update
+from bitswitch.report.accuracy import accuracy_tables
+
+QUANTITIES = [f"{side}_{name}" for side in ("weight", "input") for name in ("scale", "move", "mean")]
+
+
+def training(variant, seed, *, top1, drop, schedule="decide", bits=(8, 2), epochs=2):
+    """A result file in which every width has the same numbers."""
+    score = {"top1": top1, "top5": 99.0, "loss": 0.5, "drop": drop, "images": 10}
+    splits = ("val", "test") if schedule == "decide" else ("val",)
+    return {
+        "title": "T",
+        "command": "c",
+        "data": "CIFAR-10, JPEG-compressed",
+        "split": "val",
+        "seeds": [seed],
+        "commit": "abcdef0123456789",
+        "commits": ["abcdef0123456789"],
+        "machine": {"device": "cpu", "threads": 2, "torch": "2"},
+        "columns": [],
+        "rows": [],
+        "schedule": schedule,
+        "variant": variant,
+        "changed": [f"train.alrs={variant}"],
+        "epochs": epochs,
+        "bits": list(bits),
+        "final": {str(b): dict.fromkeys(splits, score) for b in bits},
+        "curves": {str(b): {"top1": [top1 - 1, top1][:epochs]} for b in bits},
+        "means_over_layers": {str(b): {name: [0.001, 0.25] for name in (*QUANTITIES, "gradient_norm")} for b in bits},
+    }
+
+
+def test_seeds_become_their_mean_and_spread_and_the_best_comes_first():
+    runs = [
+        training("worse", 0, top1=85.0, drop=5.0),
+        training("better", 0, top1=88.0, drop=2.0),
+        training("better", 1, top1=89.0, drop=1.0),
+    ]
+    on_val, on_test, curves, scales = accuracy_tables(runs)
+    assert on_val.startswith("**decide, 2 epochs, bits 8, 2: on val**") and "on test" in on_test
+    better, worse = (line for line in on_test.splitlines() if line.startswith(("| better", "| worse")))
+    assert "| 0, 1 | 88.50 ± 0.71 | 88.50 ± 0.71 | 1.50 ± 0.71 |" in better and "| 0 | 85.00 | 85.00 | 5.00 |" in worse
+    assert on_test.index(better) < on_test.index(worse)
+    assert "JPEG" in on_test and "abcdef012345" in on_test and "2 threads" in on_test
+    assert "| better | 2 | 87.50 | 88.50 |" in curves and "0.001 → 0.25" in scales
+
+
+def test_schedules_and_lists_of_widths_are_kept_apart_and_a_screen_has_no_test():
+    runs = [
+        training("a", 0, top1=80.0, drop=1.0, schedule="screen"),
+        training("a", 0, top1=70.0, drop=1.0, schedule="screen", bits=(4, 3, 2)),
+        training("a", 0, top1=90.0, drop=1.0),
+    ]
+    titles = [table.splitlines()[0] for table in accuracy_tables(runs)]
+    assert [title for title in titles if "on " in title and "after" not in title] == [
+        "**decide, 2 epochs, bits 8, 2: on val**",
+        "**decide, 2 epochs, bits 8, 2: on test**",
+        "**screen, 2 epochs, bits 4, 3, 2: on val**",
+        "**screen, 2 epochs, bits 8, 2: on val**",
+    ]
+
+
+def test_a_run_that_stopped_earlier_leaves_its_later_epochs_empty():
+    runs = [
+        training("a", 0, top1=80.0, drop=1.0, schedule="screen"),
+        training("b", 0, top1=70.0, drop=1.0, schedule="screen", epochs=1),
+    ]
+    _, curves, _ = accuracy_tables(runs)
+    assert "| a | 8 | 79.00 | 80.00 |" in curves and "| b | 8 | 69.00 |  |" in curves
+
+
+def test_a_damaged_training_is_named(tmp_path):
+    damaged = training("a", 0, top1=80.0, drop=1.0)
+    del damaged["final"]["2"]
+    (tmp_path / "a.json").write_text(json.dumps(damaged))
+    (tmp_path / "d.md").write_text("<!-- results:begin --><!-- results:end -->")
+    with pytest.raises(UserError, match=r"a\.json is not a result file"):
+        update(tmp_path / "d.md", tmp_path)
+
+
+def test_every_job_of_the_queue_is_one_and_another_is_refused():
+    assert len(set(accuracy.QUEUE)) == len(accuracy.QUEUE)
+    for job in accuracy.QUEUE:
+        schedule, variant, seed = accuracy.parts(job)
+        assert job in (f"{schedule}-{variant}-seed{seed}", f"float-seed{seed}")
+    for job in ("screen-ours", "screen-other-seed0", "tried-ours-seed0", "floats-seed0"):
+        with pytest.raises(SystemExit, match="is no job"):
+            accuracy.parts(job)
+
+
+def in_this_process(command, *, check, stdout):
+    """A command of the package without another start of Python."""
+    assert command[1:3] == ["-m", "bitswitch"] and check
+    with pytest.raises(SystemExit) as stop:
+        cli.main(command[3:])
+    assert stop.value.code == 0
+
+
+@pytest.fixture
+def places(monkeypatch, tmp_path):
+    """The benchmark on small data, with one epoch of each training."""
+    monkeypatch.setattr(accuracy, "RECIPE", "digits")
+    monkeypatch.setattr(accuracy, "NORMALIZED", ())
+    monkeypatch.setattr(accuracy, "FLOAT", ("pretrain.epochs=2",))
+    monkeypatch.setattr(accuracy, "JOINT", ("train.record_scale_gradients=true",))
+    short = {
+        "screen": accuracy.Schedule(("train.epochs=1",), ("val",)),
+        "decide": accuracy.Schedule(("train.epochs=2",), ("val", "test")),
+    }
+    monkeypatch.setattr(accuracy, "SCHEDULES", short)
+    monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=in_this_process, DEVNULL=None))
+    return accuracy.Places(None, None, tmp_path / "work", tmp_path / "results")
+
+
+def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="do float-seed0 first"):
+        accuracy.do("screen-ours-seed0", places)
+    jobs = ("float-seed0", "screen-raw-seed0", "decide-lsq-seed0")
+    for job in jobs:
+        accuracy.do(job, places)
+    base, screen, decide = (json.loads((places.results / f"{job}.json").read_text()) for job in jobs)
+    assert set(base["final"]["float"]) == {"val", "test"} and len(base["curves"]["float"]["top1"]) == 2
+
+    assert screen["started_from"] == base["weights"] and screen["changed"] == ["train.scale_form=raw"]
+    assert screen["artifact_bytes"] > 0 and decide["artifact_bytes"] is None
+    assert '"test"' not in (places.results / "screen-raw-seed0.json").read_text()
+    for document, splits in ((screen, {"val"}), (decide, {"val", "test"})):
+        for width in ("8", "6", "4", "2"):
+            assert set(document["final"][width]) == splits
+            for split, score in document["final"][width].items():
+                assert score["drop"] == pytest.approx(base["final"]["float"][split]["top1"] - score["top1"], abs=1e-9)
+            assert document["curves"][width]["top1"][-1] == document["final"][width]["val"]["top1"]
+            assert len(document["means_over_layers"][width]["weight_scale"]) == document["epochs"]
+            assert len(document["layers_of_the_last_epoch"][width]["input_move"]) == 6
+
+    (tmp_path / "d.md").write_text("<!-- results:begin --><!-- results:end -->")
+    update(tmp_path / "d.md", places.results)
+    text = (tmp_path / "d.md").read_text()
+    assert "screen, 1 epochs" in text and "decide, 2 epochs" in text and "| raw | `train.scale_form=raw` | 0 |" in text
+
+    # The pretrain stage of a job takes no step: its network is the file's.
+    kept = read_weights(places.results / "float-seed0.safetensors")
+    used = read_weights(places.work / "screen-raw-seed0" / "checkpoints" / "pretrain.pt")
+    assert kept.keys() == used.keys() and all(kept[name].equal(used[name]) for name in kept)
+
+    scores = places.results / "float-seed0.json"
+    before = scores.read_text()
+    scores.write_text(before.replace(base["data_sha256"], "other"))
+    with pytest.raises(SystemExit, match="holds other images"):
+        accuracy.do("screen-ours-seed0", places)
+    scores.write_text(before)
+
+    stamps = {path: path.stat().st_mtime_ns for path in places.results.iterdir()}
+    capsys.readouterr()
+    for job in jobs:
+        accuracy.do(job, places)
+    assert capsys.readouterr().out.count("nothing to do") == 3
+    assert {path: path.stat().st_mtime_ns for path in places.results.iterdir()} == stamps
