@@ -197,31 +197,73 @@ def _layer_latency(
 ) -> dict[str, dict[str, float]] | None:
     """ONNX Runtime's own profile of one image: the time of each layer's product at each width, median over runs.
 
-    None where the profile does not tell every layer's product.
+    A product that is several nodes, such as one of patches, is their sum. None where the profile does not tell every layer's.
     """
     onnx = require("onnx", "onnx")
+    from bitswitch.runtime.bindings import may_saturate
+    from bitswitch.runtime.executable import Executable
     from bitswitch.runtime.source import read
 
     source = read(path)
     prefixes = {f"{product.prefix}.": product.layer for product in source.bindings.products}
-    nodes: dict[str, str] = {}
-    for node in onnx.load_model_from_string(source.graph).graph.node:
-        for prefix, layer in prefixes.items():
-            if node.op_type not in ("DequantizeLinear", "Mul", "Add") and any(x.startswith(prefix) for x in node.input):
-                nodes[node.name] = layer
     found: dict[str, dict[str, float]] = {layer: {} for layer in prefixes.values()}
     for bits in widths:
         assignment = {layer.name: bits for layer in source.header.layers}
-        times: dict[str, list[float]] = {layer: [] for layer in found}
-        for event, milliseconds in source.executable(assignment, threads=1, profile=True).profiled([images], rounds):
-            owner = max((name for name in nodes if event.startswith(f"{name}_")), key=len, default=None)
-            if owner is not None:
-                times[nodes[owner]].append(milliseconds)
-        if not all(times.values()):
+        arrays = source.arrays(assignment)
+        model = _decided(onnx.load_model_from_string(source.graph), arrays)
+        nodes = {
+            node.name: layer
+            for node in model.graph.node
+            for prefix, layer in prefixes.items()
+            if node.op_type not in ("DequantizeLinear", "Mul", "Add")
+            and any(x.startswith(prefix) for x in (node.name, *node.input))
+        }
+        used = {name for node in model.graph.node for name in node.input}
+        saturates = may_saturate(source.bindings, source.header, arrays, assignment)
+        executable = Executable(
+            model.SerializeToString(),
+            {name: array for name, array in arrays.items() if name in used},
+            may_saturate=saturates,
+            threads=1,
+            profile=True,
+        )
+        events = executable.profiled([images], rounds)
+        per_run = len(events) // rounds
+        runs = [events[i * per_run : (i + 1) * per_run] for i in range(rounds)]
+        times = [_by_layer(run, nodes) for run in runs]
+        if any(run.keys() != found.keys() for run in times):
             return None
-        for layer, values in times.items():
-            found[layer][str(bits)] = statistics.median(values)
+        for layer in found:
+            found[layer][str(bits)] = statistics.median(run[layer] for run in times)
     return found
+
+
+def _by_layer(events: Sequence[tuple[str, float]], nodes: Mapping[str, str]) -> dict[str, float]:
+    """The milliseconds of one run for each layer, from those of its nodes."""
+    times: dict[str, float] = {}
+    for event, milliseconds in events:
+        owner = max((name for name in nodes if event.startswith(f"{name}_")), key=len, default=None)
+        if owner is not None:
+            times[nodes[owner]] = times.get(nodes[owner], 0.0) + milliseconds
+    return times
+
+
+def _decided(model: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    """An ONNX model with the branch that is taken in place of every If: ONNX Runtime would drop the names of its nodes."""
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type != "If":
+            nodes.append(node)
+            continue
+        taken = "then_branch" if arrays[node.input[0]].item() else "else_branch"
+        (branch,) = (attribute.g for attribute in node.attribute if attribute.name == taken)
+        branch.node[-1].output[0] = node.output[0]
+        for i, inner in enumerate(branch.node):
+            inner.name = f"{node.output[0]}.{inner.op_type}{i}"
+        nodes += branch.node
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 _PEAK = {
