@@ -142,6 +142,7 @@ def test_two_processes_cannot_work_in_one_directory(capsys, copied):
         (["run", "digits", "train=5"], ["train=5: give its keys, such as train.precision=..."]),
         (["search", "digits", "search.budgets=[]"], ["give at least one budget"]),
         (["search", "digits", "search.budgets=[4, {}]"], ["give at least one budget, each with a cost"]),
+        (["run", "digits", "train.forwards=5"], ["train.forwards=5", "at most all of bits=[8, 6, 4, 2]"]),
         (["run", "digits", "trian.epochs=3"], ["unknown key 'trian'", "did you mean 'train'"]),
         (["run", "digits", "train.epochs"], ["is not key=value"]),
         (["run", "digits", "train.epochs=many"], ["train.epochs='many'"]),
@@ -260,6 +261,26 @@ def test_out_of_memory_names_the_settings_to_change(capsys, tmp_path, monkeypatc
     one_line(call(capsys, "run", "digits", "--out", tmp_path), "out of memory", "pretrain.micro_batches", "batch_size")
 
 
+@pytest.mark.parametrize("damage", ["no compiler", "killed"])
+def test_a_compilation_that_fails_says_what_to_do(tmp_path, damage):
+    cache = tmp_path / "cache"
+    words = ["pretrain", "digits", *SHORT, "pretrain.compile=true", "pretrain.epochs=1", "--out", tmp_path / "run"]
+    command = [sys.executable, "-m", "bitswitch", *map(str, words)]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    if damage == "no compiler":
+        environment["CXX"] = str(tmp_path / "no-compiler")
+    else:
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        for library in cache.rglob("*.so"):
+            library.write_bytes(b"")
+        command += ["--fresh"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("bitswitch: ")]
+    assert "torch.compile failed in stage pretrain" in line and f"delete {cache}" in line and "compile=false" in line
+    assert "Traceback" not in done.stderr
+
+
 def test_a_users_own_network(capsys, tmp_path, monkeypatch):
     (tmp_path / "mynet.py").write_text(
         "from torch import nn\n"
@@ -321,6 +342,8 @@ def test_interruption_exits_130(capsys, monkeypatch):
         ["train.channels_last=true", "train.precision=bfloat16", "train.micro_batches=2"],
         ["train.distillation.teacher=float", "train.record_scale_gradients=true"],
         ["train.distillation={teacher: highest, temperature: 4}", "train.order=accumulate"],
+        ["train.forwards=2", "train.order=accumulate", "train.record_scale_gradients=true"],
+        ["train.forwards=1", "train.distillation.teacher=highest"],
     ],
     ids=str,
 )
@@ -332,6 +355,7 @@ def test_every_switch_ends_with_an_artifact(capsys, tmp_path, options):
     if "train.record_scale_gradients=true" in options:
         rows = [json.loads(line) for line in (tmp_path / "x" / "scale_gradients.jsonl").read_text().splitlines()]
         assert len(rows) == 4 * 6 and {row["epoch"] for row in rows} == {0}
+        assert all(row["gradient_norm"] > 0 for row in rows)
 
 
 def test_a_rival_is_evaluated_from_its_checkpoint(capsys, tmp_path):

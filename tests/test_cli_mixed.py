@@ -360,7 +360,9 @@ def test_two_ranks_train_one_supernet_and_share_its_evaluation(capsys, copied):
     result = subprocess.run([*launch, "supernet", "digits", *words], capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     words = ["evaluate", str(copied / "supernet.safetensors"), "--assignment", f"{copied / 'frontier.json'}", "--json"]
-    two = json.loads(subprocess.run([*launch, *words], check=True, capture_output=True, text=True).stdout)["results"]
+    result = subprocess.run([*launch, *words], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    two = json.loads(result.stdout)["results"]
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
     one = json.loads(call(capsys, *words)[1])["results"]
     assert one == two

@@ -199,8 +199,12 @@ def _layer_latency(
 
     A product that is several nodes, such as one of patches, is their sum. None where the profile does not tell every layer's.
     """
-    onnx = require("onnx", "onnx")
-    from bitswitch.runtime.bindings import may_saturate
+    require("onnxscript", "onnx")
+    import onnx
+    import onnx_ir as ir
+
+    from bitswitch.export.decide import decide
+    from bitswitch.runtime.constants import may_saturate
     from bitswitch.runtime.executable import Executable
     from bitswitch.runtime.source import read
 
@@ -209,21 +213,22 @@ def _layer_latency(
     found: dict[str, dict[str, float]] = {layer: {} for layer in prefixes.values()}
     for bits in widths:
         assignment = {layer.name: bits for layer in source.header.layers}
+        model = ir.serde.deserialize_model(onnx.load_model_from_string(source.graph))
         arrays = source.arrays(assignment)
-        model = _decided(onnx.load_model_from_string(source.graph), arrays)
+        # ONNX Runtime would drop the names of nodes inside an If.
+        decide(model.graph, arrays)
         nodes = {
-            node.name: layer
-            for node in model.graph.node
+            str(node.name): layer
+            for node in model.graph
             for prefix, layer in prefixes.items()
             if node.op_type not in ("DequantizeLinear", "Mul", "Add")
-            and any(x.startswith(prefix) for x in (node.name, *node.input))
+            and any(str(x).startswith(prefix) for x in (node.name, *(value.name for value in node.inputs if value)))
         }
-        used = {name for node in model.graph.node for name in node.input}
-        saturates = may_saturate(source.bindings, source.header, arrays, assignment)
+        used = {value.name for node in model.graph for value in node.inputs if value}
         executable = Executable(
-            model.SerializeToString(),
+            ir.serde.serialize_model(model).SerializeToString(),
             {name: array for name, array in arrays.items() if name in used},
-            may_saturate=saturates,
+            may_saturate=may_saturate(source.bindings, source.header, arrays, assignment),
             threads=1,
             profile=True,
         )
@@ -246,24 +251,6 @@ def _by_layer(events: Sequence[tuple[str, float]], nodes: Mapping[str, str]) -> 
         if owner is not None:
             times[nodes[owner]] = times.get(nodes[owner], 0.0) + milliseconds
     return times
-
-
-def _decided(model: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """An ONNX model with the branch that is taken in place of every If: ONNX Runtime would drop the names of its nodes."""
-    nodes = []
-    for node in model.graph.node:
-        if node.op_type != "If":
-            nodes.append(node)
-            continue
-        taken = "then_branch" if arrays[node.input[0]].item() else "else_branch"
-        (branch,) = (attribute.g for attribute in node.attribute if attribute.name == taken)
-        branch.node[-1].output[0] = node.output[0]
-        for i, inner in enumerate(branch.node):
-            inner.name = f"{node.output[0]}.{inner.op_type}{i}"
-        nodes += branch.node
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
 
 
 _PEAK = {

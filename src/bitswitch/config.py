@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bitswitch import codes, files
 from bitswitch.errors import UserError, nearest
@@ -90,12 +90,15 @@ class QuantizedPart(EnginePart):
 
 
 class TrainPart(QuantizedPart):
-    """Joint multi-precision training, from the float network."""
+    """Joint multi-precision training, from the float network.
+
+    A step visits every width, or with `forwards` the lowest and forwards - 1 others drawn evenly."""
 
     method: Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer", "centred"] = "double_rounding"
     scale_form: Literal["raw", "log"] = "log"
     per_channel: bool = False
     lsq_factor: bool = True
+    forwards: int | None = Field(None, ge=1)
     keep: tuple[str, ...] = ()
     calibration_images: int = Field(512, ge=1)
     record_scale_gradients: bool = False
@@ -173,6 +176,14 @@ class Recipe(_Part):
     @classmethod
     def _widths(cls, value: Any) -> Any:
         return codes.check_widths(value)
+
+    @model_validator(mode="after")
+    def _forwards(self) -> "Recipe":
+        if (self.train.forwards or 0) > len(self.bits):
+            raise ValueError(
+                f"train.forwards={self.train.forwards}: a step visits at most all of bits={list(self.bits)}"
+            )
+        return self
 
 
 def recipe_names() -> list[str]:
@@ -287,6 +298,8 @@ def _first(error: ValidationError, value: Any) -> str:
     if first["type"] == "model_type":
         return f"{key}={first['input']!r}: give its keys, such as {key}.{_known_keys(location)[0]}=..."
     message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
     return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}" if key != "bits" else message
 
 

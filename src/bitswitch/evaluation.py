@@ -88,7 +88,8 @@ def evaluate_file(
     Raises:
         UserError: the file, the widths, the network or the data cannot be used.
     """
-    subject = _subject(Path(path), network, None if assignment else bits)
+    path = artifact.located(path)
+    subject = _subject(path, network, None if assignment else bits)
     wanted = _wanted(path, subject, bits, assignment)
     name = data_name or subject.data
     if not name:

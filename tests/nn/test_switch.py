@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bitswitch as bs
-from bitswitch.nn import assignment
+from bitswitch.nn import QuantizedLayer, assignment, make_transitional, quantized_layers
 
 WIDTHS = (8, 4, 2)
 LAYERS = ["a", "b", "c"]
@@ -121,6 +121,16 @@ def test_a_mistake_changes_nothing(model, wanted):
         pytest.fail("the body ran")
     assert bs.widths(model) == {"a": 2, "b": 8, "c": 4}
     assert not changed(before, model)
+
+
+@pytest.mark.parametrize("transitional", [False, True])
+def test_layers_are_those_that_named_modules_gives(model, transitional):
+    if transitional:
+        model = make_transitional(model)
+    whole = nn.ModuleDict({"first": model, "again": model, "inside": nn.Sequential(model.b, nn.ReLU())})
+    wanted = {name: module for name, module in whole.named_modules() if isinstance(module, QuantizedLayer)}
+    assert list(wanted) == ["first.a", "first.b", "first.c"]
+    assert list(quantized_layers(whole).items()) == list(wanted.items())
 
 
 def test_a_model_without_quantized_layers_is_refused():

@@ -51,7 +51,12 @@ def test_bad_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("document", "results"),
-    [("README.md", "."), ("docs/performance.md", "performance"), ("docs/results.md", "cifar10")],
+    [
+        ("README.md", "."),
+        ("docs/performance.md", "performance"),
+        ("docs/results.md", "cifar10"),
+        ("docs/models.md", "shipped"),
+    ],
 )
 def test_documents_hold_what_the_result_files_say(tmp_path, document, results):
     copy = tmp_path / "copy.md"

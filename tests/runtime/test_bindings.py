@@ -8,7 +8,9 @@ from bitswitch.artifact import Header, LayerEntry
 from bitswitch.codes import narrow
 from bitswitch.errors import UserError
 from bitswitch.runtime import executable, protobuf
-from bitswitch.runtime.bindings import Bindings, Constant, Product, Quantizer, _whole_bias, may_saturate, values
+from bitswitch.runtime.bindings import Bindings, Constant, Product, Quantizer
+from bitswitch.runtime.constants import may_saturate, values
+from bitswitch.runtime.whole_bias import whole_bias
 
 WIDTHS = (8, 6, 4, 2)
 
@@ -173,11 +175,12 @@ def wrong_codes(bias, thresholds, step, whole, factor):
 )
 def test_a_whole_bias_is_as_good_as_the_nearest_one_or_better(bias, thresholds, step):
     bias, thresholds = np.array([bias]), np.array([thresholds])
-    whole, factor = _whole_bias(bias, thresholds, step)
+    whole, factor, moved = whole_bias(bias, thresholds, np.ones_like(thresholds), step)
     assert whole == np.round(whole) and abs(whole - bias) <= 1.5
     # A code at the very end of an interval, by a rounding, is no matter: float32 has it so.
     wrong = wrong_codes(bias, thresholds, step, whole, factor)
     assert wrong <= wrong_codes(bias, thresholds, step, np.round(bias), np.ones(1)) + 1
+    assert abs(moved[0] * thresholds.shape[1] - wrong) < 1 + 1e-6
 
 
 def test_with_room_below_the_bias_every_code_steps_up_where_it_should():
@@ -186,17 +189,30 @@ def test_with_room_below_the_bias_every_code_steps_up_where_it_should():
     # A step of the codes is 2.5 to 60 steps of the sums, as networks have it.
     thresholds = np.exp(rng.uniform(np.log(2.5), np.log(60), (2000, 1))) * 16 * (np.arange(15) + 0.5)
     bias = rng.normal(size=2000) * thresholds[:, -1] / 2
-    whole, factor = _whole_bias(bias, thresholds, 16)
+    whole, factor, moved = whole_bias(bias, thresholds, np.ones_like(thresholds), 16)
     wrong = wrong_codes(bias, thresholds, 16, whole, factor)
     rounded = wrong_codes(bias, thresholds, 16, np.round(bias), np.ones(2000))
     assert (wrong > 0).mean() < 0.03
+    # All thresholds count alike here.
+    assert np.allclose(moved * thresholds.shape[1], wrong, atol=1e-6)
     assert (rounded > 0).mean() > 0.1
     assert np.abs(factor - 1).max() < 0.1
 
 
+def test_a_place_where_one_interval_ends_and_the_next_begins_is_none():
+    """The thresholds of codes are odd multiples of one number, so that ends of their intervals coincide."""
+    rng = np.random.default_rng(0)
+    thresholds = np.exp(rng.uniform(np.log(40), np.log(900), (4000, 1))) * (np.arange(15) + 0.5)
+    bias = rng.normal(size=4000) * 300
+    whole, factor, _ = whole_bias(bias, thresholds, np.ones_like(thresholds), 16)
+    at = (thresholds * factor[:, None] - whole[:, None]) / 16
+    # As far from every sum as float32 can tell.
+    assert np.abs(at - np.round(at)).min() > 1e-6
+
+
 def test_without_a_reader_the_bias_is_rounded():
-    whole, factor = _whole_bias(np.array([0.4, -7.6]), np.zeros((2, 0)), 16)
-    assert whole.tolist() == [0, -8] and factor.tolist() == [1, 1]
+    whole, factor, moved = whole_bias(np.array([0.4, -7.6]), np.zeros((2, 0)), np.zeros((2, 0)), 16)
+    assert whole.tolist() == [0, -8] and factor.tolist() == [1, 1] and moved.tolist() == [0, 0]
 
 
 def test_bindings_are_text_and_back():

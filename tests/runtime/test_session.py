@@ -139,9 +139,9 @@ def test_every_convolution_runs_in_integers_at_every_width(made):
     assert graph_report(files["requantized"], 4)["operations"]["Clip"] >= 2
 
 
-def test_branches_are_bytes_beside_codes_of_six_bits_or_more(made):
+def test_branches_are_bytes_beside_codes_of_eight_bits_and_where_every_sum_has_one(made):
     _, _, files = made
-    for wanted, products in ((8, 0), (6, 0), (4, 1), (2, 1), ({"conv2": 8, "conv3": 8, "conv4": 4}, 1)):
+    for wanted, products in ((8, 0), (6, 1), (4, 1), (2, 0), ({"conv2": 8, "conv3": 8, "conv4": 6}, 1)):
         operations = graph_report(files["requantized"], wanted)["operations"]
         # conv2 feeds an addition and conv4 a mean; conv3 has groups.
         assert operations.get("MatMulIntegerToFloat", 0) == 2 * products, wanted
@@ -162,6 +162,22 @@ class Windows(nn.Module):
     def forward(self, x):
         x = self.one(self.far(self.first(x).relu()).relu())
         return self.last(self.even(x.relu()).mean((2, 3)))
+
+
+def test_whole_biases_stand_beside_codes_of_eight_bits_and_of_four_or_fewer(tmp_path):
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 17, 22)
+    model = bs.quantize(Windows(), bits=(8, 6, 4, 2), example_inputs=images).eval()
+    bs.save(model, tmp_path / "m.safetensors", example_inputs=images)
+    # far is read by one, one by even; even feeds a mean. Between other widths, the reader's counts.
+    mixed = {"far": 2, "one": 6, "even": 4}
+    for wanted, sums in ((8, 0), (6, 3), (4, 1), (2, 0), (mixed, 2), ({"far": 8, "one": 8, "even": 6}, 3)):
+        operations = graph_report(tmp_path / "m.safetensors", wanted)["operations"]
+        found = [operations.get(name, 0) for name in ("MatMulIntegerToFloat", "QLinearConv")]
+        assert found == [sums, 3 - sums], wanted
+    for exact in (6, 4, 2):
+        session = Session(tmp_path / "m.safetensors", bits=exact)
+        assert snr_db(torch_logits(model, images, exact), session.run(images.numpy())) > 100, exact
 
 
 def test_patches_of_any_window(tmp_path):

@@ -253,8 +253,8 @@ def test_genetic_refinement_ends_where_nothing_is_left():
 
 
 def test_the_package_is_the_function():
-    code = "import bitswitch as bs; bs.search({}, {})"
+    code = "import bitswitch as bs, torch; bs.search(torch.nn.Linear(1, 1), {})"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "'dict' object has no attribute 'named_modules'" in result.stderr
+    assert "Linear has no quantized layer" in result.stderr
     assert bs.search is search and callable(bs.search)
     assert search.find.__module__ == "bitswitch.search.find"

@@ -416,7 +416,8 @@ def test_ranks_share_the_batches(tmp_path):
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
         command = [sys.executable] if ranks == 1 else [*TORCHRUN, str(ranks)]
-        subprocess.run([*command, SCRIPT, str(out)], check=True, capture_output=True, timeout=200)
+        done = subprocess.run([*command, SCRIPT, str(out)], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
         seen.append([json.loads(path.read_text()) for path in sorted(out.iterdir())])
     (one,), (two, other) = seen
     assert two["traces"] == other["traces"] and two["rounds"] == one["rounds"] and len(one["rounds"]) > 1

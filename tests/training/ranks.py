@@ -1,8 +1,10 @@
 """Run under torchrun, or alone: a few joint steps in float64 or float32; rank 0 writes what it saw."""
 
 import sys
+import weakref
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import bitswitch as bs
@@ -47,7 +49,9 @@ def main(out, dtype, steps, micro_batches):
     if world.first:
         rows = [[s.top1, s.top5, s.loss, s.images] for s in scores]
         torch.save({"first": first, "losses": torch.stack(losses), "scores": rows, "state": model.state_dict()}, out)
+    group = weakref.ref(dist.group.WORLD) if dist.is_initialized() else lambda: None
     ranks.leave()
+    assert group() is None, "the process group, and so gloo's threads, outlive it: at the end of Python they may abort"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def run(out, ranks):
     command = [sys.executable] if ranks == 1 else [*TORCHRUN, str(ranks)]
-    subprocess.run([*command, SCRIPT, out, "float64", "5", "1"], check=True, capture_output=True)
+    done = subprocess.run([*command, SCRIPT, out, "float64", "5", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return torch.load(out, weights_only=True)
 
 

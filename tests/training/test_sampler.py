@@ -19,6 +19,7 @@ from bitswitch.training import (
     Distillation,
     JointObjective,
     MultiPrecisionOptimizer,
+    WidthSampler,
     sensitive_layers,
 )
 
@@ -242,3 +243,34 @@ def test_the_highest_width_teaches_a_supernet():
     assert len(seen) == 3
     for taught in seen:
         assert torch.equal(taught, highest)
+
+
+@pytest.mark.parametrize("forwards", [1, 2, 3, 4])
+def test_the_lowest_width_is_always_drawn_and_the_others_evenly(forwards):
+    widths = (8, 6, 4, 2)
+    drawn = WidthSampler(widths=widths, forwards=forwards, seed=3)
+    steps = [drawn.draw(step) for step in range(3000)]
+    for visits in steps:
+        stands, has = zip(*visits, strict=True)
+        assert stands == has == tuple(sorted(set(stands), reverse=True)) and len(visits) == forwards == len(drawn.names)
+        assert stands[-1] == 2
+    counts = [sum((width, width) in visits for visits in steps) for width in widths[:-1]]
+    if forwards > 1:
+        assert chisquare(counts).pvalue > 1e-3
+    assert drawn.draw(7) == WidthSampler(widths=widths, forwards=forwards, seed=3).draw(7)
+    if 1 < forwards < 4:
+        other = WidthSampler(widths=widths, forwards=forwards, seed=4)
+        assert any(other.draw(step) != visits for step, visits in enumerate(steps))
+
+
+def test_a_step_moves_the_scales_of_the_widths_that_were_drawn_and_no_others():
+    model, _, x, y = supernet()
+    drawn = WidthSampler(widths=(8, 4, 2), forwards=2, seed=0)
+    objective = JointObjective(model, MultiPrecisionOptimizer(model, alrs="off"), sampler=drawn)
+    before = {name: value.clone() for name, value in model.named_parameters() if "input_quantizer.scale" in name}
+    losses = objective.step(x, y, 1.0, 0)
+    taken = {str(width) for width, _ in drawn.draw(0)}
+    now = dict(model.named_parameters())
+    assert losses.shape == (2,) and len(taken) == 2
+    for name, value in before.items():
+        assert torch.equal(now[name], value) == (name.rpartition(".")[2] not in taken), name

@@ -14,6 +14,7 @@ from bitswitch.artifact.file import (
 from bitswitch.artifact.frontier import check_choice, within_budget
 from bitswitch.artifact.header import Header, LayerEntry, tensor_name
 from bitswitch.artifact.planes import plane_bytes
+from bitswitch.artifact.shipped import located, shipped
 
 __all__ = [
     "Header",
@@ -22,12 +23,14 @@ __all__ = [
     "check_choice",
     "graph_of",
     "is_artifact",
+    "located",
     "plane_bytes",
     "read",
     "read_header",
     "read_part",
     "read_planes",
     "served_widths",
+    "shipped",
     "tensor_name",
     "within_budget",
     "write",

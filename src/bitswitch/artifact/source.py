@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitswitch.errors import UserError, require
+from bitswitch.artifact.shipped import located, shipped
+from bitswitch.errors import UserError, nearest, require
 
 
 class Damaged(UserError):
@@ -65,20 +66,20 @@ class Source:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Source]:
-    """The source at a path or, where it has "://" in it, at a URL of any kind that fsspec knows.
+    """The source at a path, of a shipped artifact's name or, where it has "://" in it, at a URL that fsspec knows.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
     name = str(path)
-    failures, stream = (Exception, _remote(name)) if "://" in name else (OSError, _local(Path(path)))
+    failures, stream = (Exception, _remote(name)) if "://" in name else (OSError, _local(located(path)))
     with stream:
         yield Source(stream, name, failures)
 
 
 def _local(path: Path) -> Any:
     if not path.exists():
-        raise UserError(f"{path}: there is no such file")
+        raise UserError(f"{path}: there is no such file{nearest(str(path), shipped())}")
     if path.is_dir():
         raise UserError(f"{path} is a folder, not an artifact")
     if not path.is_file():

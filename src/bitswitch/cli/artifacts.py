@@ -120,14 +120,18 @@ def export(
     json_: Json = False,
     device: Device = "auto",
     seed: Seed = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder; onnx/ beside the artifact if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder; onnx/ beside the artifact, or here, if not given.")
+    ] = None,
 ) -> None:
     """ONNX files of an artifact, one a precision; the artifact gets its graph, for the session without torch."""
     require("onnxscript", "onnx")
     require("onnxruntime", "runtime")
     from bitswitch import deployment
 
-    path, images = Path(file), None
+    path, images = artifact.located(file), None
+    # Nothing is written into the package.
+    beside = path.parent if path == Path(file) else Path()
     if not path.is_file():
         if path.suffix not in (".yaml", ".yml") and file not in recipe_names():
             raise UserError(f"there is no file {file}, and no recipe of that name (bitswitch recipes lists them)")
@@ -136,12 +140,12 @@ def export(
         path = directory.supernet if directory.supernet.is_file() else directory.artifact
         if not path.is_file():
             raise UserError(f"stage train is not done in {directory.path}: bitswitch run {file} does it")
-        out, images = None, pipeline.open_data(recipe).sample(deployment.CALIBRATION_IMAGES)
+        out, beside, images = None, path.parent, pipeline.open_data(recipe).sample(deployment.CALIBRATION_IMAGES)
     elif overrides:
         raise UserError(f"{overrides[0]!r}: overrides are for a recipe, {file} is a file")
     document = deployment.export(
         path,
-        out or path.parent / "onnx",
+        out or beside / "onnx",
         bits=widths_of(bits),
         assignment=assignment,
         weights=weights,

@@ -10,12 +10,16 @@ import torch
 import typer
 
 from bitswitch import pipeline
+from bitswitch.artifact import located
 from bitswitch.errors import UserError
 from bitswitch.training import distributed
 
 RecipeName = Annotated[str, typer.Argument(help="A built-in recipe, or the path of a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ..., the values as YAML.")]
-File = Annotated[Path, typer.Argument(help="An artifact; evaluate takes checkpoints, too.")]
+File = Annotated[
+    Path,
+    typer.Argument(parser=located, help="An artifact or the name of a shipped one; evaluate takes checkpoints, too."),
+]
 Bits = Annotated[str | None, typer.Option(help="Widths, such as 8,6,4,2; all where not given.")]
 Mixture = Annotated[
     str | None,

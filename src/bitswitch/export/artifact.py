@@ -16,8 +16,9 @@ from bitswitch.artifact import tensor_name
 from bitswitch.assignment import Assignment
 from bitswitch.codes import bits_read
 from bitswitch.errors import UserError
+from bitswitch.export.tensors import fill, tensors_of
 from bitswitch.models import build, is_trusted
-from bitswitch.nn import Plan, QuantizedLayer, SwitchableBatchNorm, apply, plan_of, quantized_layers, switch
+from bitswitch.nn import Plan, QuantizedLayer, apply, plan_of, quantized_layers, switch
 
 # The tensor that holds the network's graph.
 GRAPH = "graph"
@@ -53,7 +54,7 @@ def save(
             stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and `runtime`. Where it
             is not given, a model that was loaded and has not changed keeps the graph of its file.
         additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`, where every layer has
-            6 bits or more; or "exact", which keeps the sums of all convolutions.
+            8 bits; or "exact", which keeps the sums of all convolutions.
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be
@@ -148,7 +149,7 @@ def contents(
         artifact.Header.from_text(header.to_text())
     except (TypeError, ValueError) as error:
         raise UserError(f"network, preprocessing, classes, provenance or frontier cannot be stored: {error}") from error
-    return header, _tensors(model)
+    return header, tensors_of(model)
 
 
 def load(
@@ -165,7 +166,8 @@ def load(
     cut off behind them.
 
     Args:
-        path: the artifact, or its URL, of any kind that fsspec knows: "https://...", read by ranges.
+        path: the artifact; or its URL, of any kind that fsspec knows: "https://...", read by ranges; or the name of one that
+            comes with the package, such as "resnet20-cifar10".
         bits: the width to stand at; the highest where neither this nor `assignment` is given.
         model: the network where the file does not name it, or names the user's own code, which is never imported on the
             word of a file: a float module, a function that builds one, or its name.
@@ -204,7 +206,7 @@ def load(
     )
     loaded = apply(network, plan)
     try:
-        _fill(loaded, header, tensors, planes(header))
+        fill(loaded, header, tensors, planes(header))
     except (UserError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not fit this {type(loaded).__name__}: {reason[:300]}") from error
@@ -317,112 +319,3 @@ def _entry(name: str, layer: QuantizedLayer, plan: Plan) -> artifact.LayerEntry:
         input=layer.input_quantizer.kind,
         squared_error=layer.squared_errors(),
     )
-
-
-@torch.no_grad()
-def _tensors(model: nn.Module) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            for key, tensor in _layer_tensors(module).items():
-                found[tensor_name(name, key)] = _storable(tensor_name(name, key), tensor, learned=True)
-        elif isinstance(module, SwitchableBatchNorm):
-            states = [norm.state_dict() for norm in module.variants.values()]
-            for key in states[0]:
-                stacked = torch.stack([state[key] for state in states])
-                found[tensor_name(name, key)] = _storable(tensor_name(name, key), stacked, learned=True)
-    for name, tensor in _others(model).items():
-        found[name] = _storable(name, tensor.detach(), learned=isinstance(tensor, nn.Parameter))
-    return found
-
-
-def _others(model: nn.Module) -> dict[str, Tensor]:
-    """What belongs to no quantized layer and no switchable batch normalization, each tensor under its first name."""
-    inside: set[str] = set()
-    prefixes: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantizedLayer):
-            inside |= {tensor_name(name, "weight"), tensor_name(name, "codes")}
-            prefixes += [tensor_name(name, "weight_quantizer."), tensor_name(name, "input_quantizer.")]
-        elif isinstance(module, SwitchableBatchNorm):
-            prefixes.append(tensor_name(name, "variants."))
-    first: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in inside and not name.startswith(tuple(prefixes)):
-            first.setdefault(id(tensor), name)
-    whole = model.state_dict(keep_vars=True)
-    return {name: whole[name] for name in first.values()}
-
-
-def _layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
-    quantizer = layer.input_quantizer
-    tensors = {
-        "codes": layer.stored_codes(),
-        "weight_scale": layer.weight_quantizer.scale(),
-        "input_scale": torch.stack([quantizer.scale(width) for width in layer.widths]),
-    }
-    offsets = [offset for width in layer.widths if (offset := quantizer.offset_at(width)) is not None]
-    if offsets:
-        tensors["input_offset"] = torch.stack(offsets)
-    return tensors
-
-
-def _storable(name: str, tensor: Tensor, *, learned: bool) -> np.ndarray:
-    """A NumPy array of int8 (codes), int32 or float32; what was learned must be finite, a constant such as a mask need not."""
-    if tensor.dtype == torch.int8:
-        return tensor.cpu().numpy()
-    if tensor.is_floating_point():
-        if tensor.dtype == torch.float64:
-            raise UserError(f"{name!r} is float64 and the artifact holds float32: train or convert with model.float()")
-        if learned and not bool(tensor.isfinite().all()):
-            raise UserError(f"{name!r} holds values that are not finite: the training diverged")
-        return tensor.float().cpu().numpy()
-    if tensor.is_complex() or (tensor.numel() and (int(tensor.min()) < -(2**31) or int(tensor.max()) >= 2**31)):
-        raise UserError(f"{name!r} ({tensor.dtype}) does not fit the artifact's float32 or int32")
-    return tensor.to(torch.int32).cpu().numpy()
-
-
-def _fill(model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.ndarray], planes: int) -> None:
-    """Put an artifact's tensors into the structure made for them; every tensor must find its place and every place one."""
-    rest = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    errors = {layer.name: layer.squared_error for layer in header.layers}
-    state: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            if module.weight is None or module.weight.shape != rest[tensor_name(name, "codes")].shape:
-                raise UserError(f"the weight of {name!r} has another shape")
-            module.store(rest[tensor_name(name, "codes")], errors[name], planes=planes)
-            state |= _layer_state(name, module, rest)
-        elif isinstance(module, SwitchableBatchNorm):
-            state |= _norm_state(name, module, rest)
-    places = _others(model)
-    if places.keys() != rest.keys():
-        missing, extra = sorted(places.keys() - rest.keys()), sorted(rest.keys() - places.keys())
-        raise UserError(f"the file lacks {missing[0]!r}" if missing else f"the network has no {extra[0]!r}")
-    # Shared modules have several names, of which the file holds the first.
-    model.load_state_dict(state | rest, strict=False)
-
-
-def _norm_state(name: str, norm: SwitchableBatchNorm, rest: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {}
-    for key in next(iter(norm.variants.values())).state_dict():
-        stacked = rest.pop(tensor_name(name, key))
-        if len(stacked) != len(norm.variants):
-            raise UserError(f"{tensor_name(name, key)!r} holds {len(stacked)} variants, not {len(norm.variants)}")
-        for variant, tensor in zip(norm.variants, stacked, strict=True):
-            state[tensor_name(name, f"variants.{variant}.{key}")] = tensor
-    return state
-
-
-def _layer_state(name: str, layer: QuantizedLayer, rest: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = {
-        tensor_name(name, "codes"): rest.pop(tensor_name(name, "codes")),
-        tensor_name(name, "weight_quantizer.scale_parameter"): rest.pop(tensor_name(name, "weight_scale")),
-    }
-    scales = rest.pop(tensor_name(name, "input_scale"))
-    offsets = rest.pop(tensor_name(name, "input_offset")) if layer.input_quantizer.kind == "zero_point" else None
-    for i, width in enumerate(layer.widths):
-        state[tensor_name(name, f"input_quantizer.scale_parameter.{width}")] = scales[i]
-        if offsets is not None:
-            state[tensor_name(name, f"input_quantizer.offset.{width}")] = offsets[i]
-    return state

@@ -12,19 +12,13 @@ from torch import Tensor, nn
 from bitswitch.artifact import Header
 from bitswitch.errors import UserError, nearest, require
 from bitswitch.export.artifact import Additions
+from bitswitch.export.branches import Ranges, branches, end_in_bytes, end_in_floats, end_in_sums
 from bitswitch.export.float_graph import float_graph
-from bitswitch.export.lowering import (
-    Lowering,
-    Ranges,
-    branches,
-    end_in_bytes,
-    end_in_floats,
-    end_in_sums,
-    lower_layers,
-)
+from bitswitch.export.lowering import Lowering, lower_layers
 from bitswitch.nn import evaluating, switched
 from bitswitch.nn.switch import quantized_layers
-from bitswitch.runtime.bindings import Arrays, Bindings, values
+from bitswitch.runtime.bindings import Bindings
+from bitswitch.runtime.constants import Arrays, values
 from bitswitch.runtime.executable import KEY, Executable
 
 # A graph that computes something else is off by as much as results vary from input to input, or more; eight-bit branches and
@@ -84,7 +78,7 @@ def integer_graph(
         tensors: of its artifact.
         example_inputs: what it is called with: real data, since the ranges of eight-bit branches come from it.
         additions: "requantized": convolutions that feed an addition (or anything but one layer) end in 8 bits, with ranges from
-            the example inputs, where every layer has 6 bits or more, and in floats below; "exact": they end in floats.
+            the example inputs, where every layer has 8 bits or that loses nothing, else in floats; "exact": they end in floats.
         sums: with "exact", whether such convolutions, and all others, are integer operations with a float result, or
             quantize-dequantize float ones.
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
@@ -14,8 +13,9 @@ from bitswitch import files
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError, nearest
 from bitswitch.export.artifact import Additions, contents
+from bitswitch.export.branches import standard_sums
+from bitswitch.export.decide import decide
 from bitswitch.export.graph import IntegerGraph, hold_against, integer_graph
-from bitswitch.export.lowering import remove_dead, standard_sums
 from bitswitch.nn import widths
 from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
@@ -146,7 +146,7 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
         for key in ("codes", "zero")
         if bits < 8 and assignment[product.layer] <= bits and product.kind != "int32"
     }
-    _decide(graph.model.graph, arrays)
+    decide(graph.model.graph, arrays)
     standard_sums(graph.model)
     for name, value in list(graph.model.graph.initializers.items()):
         if name in arrays:
@@ -164,36 +164,3 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
     proto = ir.serde.serialize_model(graph.model)
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()
-
-
-def _decide(graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> None:
-    """Put the branch that is taken in the place of every If on a constant."""
-    for node in list(graph):
-        condition = node.inputs[0] if node.op_type == "If" else None
-        if condition is None or condition.name is None or condition.name not in arrays:
-            continue
-        taken, other = (node.attributes[name].as_graph() for name in ("then_branch", "else_branch"))
-        if not arrays[condition.name]:
-            taken, other = other, taken
-        old, (new,) = node.outputs[0], taken.outputs
-        taken.outputs.clear()
-        for inner in list(taken):
-            taken.remove(inner)
-            # Names of nodes are a subgraph's own.
-            inner.name = inner.outputs[0].name
-            graph.insert_before(node, inner)
-        identity = new.producer()
-        if identity is not None and identity.op_type == "Identity":
-            given = identity.inputs[0]
-            assert given is not None
-            new = given
-            graph.remove(identity, safe=False)
-        if old.is_graph_output():
-            graph.outputs[graph.outputs.index(old)] = new
-            old.name, new.name = f"{new.name}.before", old.name
-        old.replace_all_uses_with(new)
-        for inner in other:
-            for index, value in enumerate(inner.inputs):
-                inner.replace_input_with(index, None)
-                remove_dead(graph, None if value is None or value.graph is not graph else value.producer())
-        graph.remove(node, safe=True)

@@ -23,6 +23,8 @@ class QuantizedLayer(nn.Module):
     of the width in use is then made from them when it is first needed, and kept until others are.
 
     Attributes:
+        widths: that this layer can have, highest first.
+        width: the one in use.
         planes: how many of the most significant bits of `codes` are known; the others are 0.
         kept: the float weights made from `codes`.
     """
@@ -30,6 +32,7 @@ class QuantizedLayer(nn.Module):
     weight: Any  # nn.Parameter | None, but torch declares it without the None
     bias: Any
     codes: Tensor | None
+    widths: tuple[int, ...]
     width: int
     planes: int
     kept: KeptWeights
@@ -50,14 +53,10 @@ class QuantizedLayer(nn.Module):
         self.weight_quantizer = weights
         self.input_quantizer = inputs
         self.register_buffer("codes", None)
+        self.widths = weights.widths
         self.width = self.planes = weights.high
         self.kept = KeptWeights()
         return self
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """The widths that this layer can have, highest first."""
-        return self.weight_quantizer.widths
 
     @property
     def stored_shape(self) -> torch.Size:
@@ -91,6 +90,9 @@ class QuantizedLayer(nn.Module):
         Raises:
             UserError: the codes were loaded without them.
         """
+        # Never more than one bit beside those of the width: most often nothing is to be looked up.
+        if self.planes > width:
+            return
         high = self.widths[0]
         if bits_read(high, width) > self.planes:
             raise UserError(

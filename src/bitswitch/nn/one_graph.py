@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as partitioner
 from torch.func import functional_call
 
 from bitswitch.nn.layers import QuantizedLayer
@@ -103,19 +102,9 @@ def _places_of_width(name: str, layer: QuantizedLayer) -> list[_Place]:
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-    """Inductor, told to compute activations again in backward from what batch normalization keeps anyway.
+    from bitswitch.nn.inductor import compile_graph  # slow to import, and of no use to who does not compile
 
-    Left to itself it keeps a float for every element that is quantized, written in forward and read in backward: on ResNet20
-    a step took 1.7 times the float step for that alone. And the five reads of a normalized activation (the value, mean,
-    variance, weight, bias) must not be one too many to compute it where it is used.
-    """
-    from torch._inductor.compile_fx import compile_fx  # slow to import, and of no use to who does not compile
-
-    kept = {
-        f"ban_recompute_{why}": False for why in ("long_fusible_chains", "materialized_backward", "not_in_allowlist")
-    }
-    with partitioner.patch(kept):
-        return compile_fx(graph, inputs, config_patches={"realize_reads_threshold": 5})
+    return compile_graph(graph, inputs)
 
 
 class _Slot(nn.Module):

@@ -8,6 +8,7 @@ from torch import nn
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError
 from bitswitch.nn.layers import QuantizedLayer
+from bitswitch.nn.norm import SwitchableBatchNorm
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
@@ -16,10 +17,23 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     Raises:
         UserError: the model has none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    layers: dict[str, QuantizedLayer] = {}
+    _find(model, "", layers, set())
     if not layers:
         raise UserError(f"{type(model).__name__} has no quantized layer: make one with bitswitch.quantize(model, ...)")
     return layers
+
+
+def _find(module: nn.Module, name: str, found: dict[str, QuantizedLayer], seen: set[nn.Module]) -> None:
+    """As `named_modules` does, which would take a tenth of a switch: four in five modules are parts of layers and norms."""
+    if module in seen:
+        return
+    seen.add(module)
+    if isinstance(module, QuantizedLayer):
+        found[name] = module
+    elif not isinstance(module, SwitchableBatchNorm):
+        for part, child in module.named_children():
+            _find(child, f"{name}.{part}" if name else part, found, seen)
 
 
 def assignment(model: nn.Module) -> Assignment:

@@ -1,5 +1,6 @@
 """Which stages are done, which can be taken up, and doing them in order."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -236,10 +237,31 @@ def _do(run: Run, data: DataSet, stage: str) -> None:
         result, outputs = _STAGES[stage].work(run, data)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{run.device} is out of memory in stage {stage}: {_less_memory(run.recipe, stage)}") from error
+    except RuntimeError as error:
+        if not _is_the_compilers(error):
+            raise
+        # A process that is killed while it compiles leaves an empty library behind, which torch would load again for ever.
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"torch.compile failed in stage {stage} ({reason}): set {stage}.compile=false; or, if a process was killed while "
+            f"it compiled, delete {_compilers_cache()} and go on with the same command"
+        ) from error
     if begun is not None:
         digests = {str(path.relative_to(run.directory.path)): files.file_digest(path) for path in outputs}
         run.directory.record(stage, begun | {"done": True, "outputs": digests, "result": result})
     barrier()
+
+
+def _is_the_compilers(error: RuntimeError) -> bool:
+    # Slow to import; whoever compiles has it.
+    loaded = sys.modules.get("torch._dynamo.exc")
+    return loaded is not None and isinstance(error, loaded.BackendCompilerFailed)
+
+
+def _compilers_cache() -> str:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
 
 
 def _less_memory(recipe: Recipe, stage: str) -> str:

@@ -33,6 +33,7 @@ from bitswitch.training import (
     JointObjective,
     MultiPrecisionOptimizer,
     ScaleGradients,
+    WidthSampler,
     load_checkpoint,
     sensitive_layers,
 )
@@ -61,7 +62,10 @@ def train(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     join_ranks(run, model, part)
     observed = ScaleGradients(model) if part.record_scale_gradients else None
     teacher = _teacher(run, data, part)
-    objective = joint_objective(run, part, model, teacher, observed=observed)
+    drawn = None
+    if part.forwards is not None:
+        drawn = WidthSampler(widths=widths, forwards=part.forwards, seed=run.recipe.seed)
+    objective = joint_objective(run, part, model, teacher, observed=observed, sampler=drawn)
     extra = {"plan": plan_of(model).to_json(), "about": about(run, data)}
     batches = training_batches(run, data, part.batch_size)
     train_loop(run, data, "train", objective, batches, part, list(widths), extra, observed)
@@ -157,7 +161,7 @@ def joint_objective(
     teacher: nn.Module | None,
     *,
     observed: ScaleGradients | None = None,
-    sampler: AssignmentSampler | None = None,
+    sampler: AssignmentSampler | WidthSampler | None = None,
 ) -> JointObjective:
     """The objective of joint or SuperNet training as the recipe says.
 
@@ -167,7 +171,7 @@ def joint_objective(
         model: quantized.
         teacher: the float network, where the recipe's distillation asks for it.
         observed: records gradients of scales.
-        sampler: draws the assignments of SuperNet training.
+        sampler: draws the assignments of SuperNet training, or the widths of joint training.
     """
     optimizer = MultiPrecisionOptimizer(
         model,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bitswitch.errors import UserError, require
-from bitswitch.runtime.bindings import Arrays
+from bitswitch.runtime.constants import Arrays
 from bitswitch.runtime.protobuf import operations
 
 # The metadata of a stored graph that holds its bindings.

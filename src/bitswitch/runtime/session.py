@@ -30,7 +30,8 @@ class Session:
     begun ends at the widths it began with.
 
     Args:
-        path: an artifact that holds its graph (`bitswitch.save(..., example_inputs=x)`).
+        path: an artifact that holds its graph (`bitswitch.save(..., example_inputs=x)`), or the name of one that comes with
+            the package.
         bits: the width to stand at; the highest where neither this nor `assignment` is given.
         assignment: widths by layer name; the other layers have the highest.
         memory: bytes that the executables kept may take together; the one in use is always kept.

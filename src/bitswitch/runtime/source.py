@@ -10,7 +10,8 @@ import numpy as np
 from bitswitch import artifact
 from bitswitch.artifact import Header
 from bitswitch.errors import UserError
-from bitswitch.runtime.bindings import Arrays, Bindings, may_saturate, values
+from bitswitch.runtime.bindings import Bindings
+from bitswitch.runtime.constants import Arrays, may_saturate, values
 from bitswitch.runtime.executable import KEY, Executable, fused_operations
 from bitswitch.runtime.protobuf import metadata
 

@@ -11,7 +11,7 @@ from bitswitch.training.objectives import FloatObjective, JointObjective, Object
 from bitswitch.training.observe import ScaleGradients
 from bitswitch.training.optimizer import MultiPrecisionOptimizer
 from bitswitch.training.recalibrate import recalibrate
-from bitswitch.training.sampler import AssignmentSampler, Sampling, sensitive_layers
+from bitswitch.training.sampler import AssignmentSampler, Sampling, WidthSampler, sensitive_layers
 
 __all__ = [
     "AlrsForm",
@@ -26,6 +26,7 @@ __all__ = [
     "Sampling",
     "ScaleGradients",
     "Score",
+    "WidthSampler",
     "World",
     "adapted_rate",
     "cosine",

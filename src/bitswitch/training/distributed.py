@@ -17,6 +17,11 @@ from torch import Tensor, nn
 
 from bitswitch.errors import UserError
 
+if dist.is_available():
+    # Its functions take the group of the moment of the import as a default. Imported later, by torch's optimizers say,
+    # they keep the group alive past leave(), and a thread of gloo that is still there when Python ends aborts the process.
+    import torch.distributed.nn.functional
+
 
 @dataclass(frozen=True)
 class World:

@@ -12,7 +12,7 @@ from bitswitch.nn import switched
 from bitswitch.training.distillation import Distillation
 from bitswitch.training.engine import Engine
 from bitswitch.training.optimizer import MultiPrecisionOptimizer
-from bitswitch.training.sampler import AssignmentSampler
+from bitswitch.training.sampler import AssignmentSampler, WidthSampler
 
 Order = Literal["each", "accumulate"]
 
@@ -83,7 +83,8 @@ class FloatObjective:
 class JointObjective:
     """Joint multi-precision training (arXiv 2502.01199, algorithm 1): every width sees every batch.
 
-    With a sampler, SuperNet training: the forwards of a step are at the assignments that it draws.
+    With an AssignmentSampler, SuperNet training: the forwards of a step are at the assignments that it draws; with a
+    WidthSampler, a step visits the widths that it draws.
 
     Args:
         model: made by `bitswitch.quantize`.
@@ -94,7 +95,7 @@ class JointObjective:
         teacher: the float network, in eval mode, where distillation says "float".
         engine: how to compute.
         on_gradients: called with the width before every step of it, while the gradients are there.
-        sampler: draws assignments around the widths.
+        sampler: draws assignments around the widths, or widths.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class JointObjective:
         teacher: nn.Module | None = None,
         engine: Engine | None = None,
         on_gradients: Callable[[int], None] | None = None,
-        sampler: AssignmentSampler | None = None,
+        sampler: AssignmentSampler | WidthSampler | None = None,
     ) -> None:
         self.engine = engine or Engine()
         self.model = self.engine.place(model)
@@ -140,9 +141,9 @@ class JointObjective:
             if first_teaches and uniform == self.optimizer.widths[0]:
                 taught = logits
             if self.order == "each":
-                self._step(width, mixed=uniform != width)
+                self._step(width, (width,), mixed=uniform != width)
         if self.order == "accumulate":
-            self._step(None)
+            self._step(None, tuple(width for width, _ in visits))
         return torch.stack(losses)
 
     @torch.no_grad()
@@ -172,11 +173,12 @@ class JointObjective:
                 all_logits.append(logits.detach())
         return total, all_logits
 
-    def _step(self, width: int | None, *, mixed: bool = False) -> None:
+    def _step(self, width: int | None, visited: tuple[int | None, ...], *, mixed: bool = False) -> None:
         self.engine.finish_gradients(self.model)
         if self.on_gradients is not None:
-            for one in self.optimizer.widths if width is None else (width,):
-                self.on_gradients(one)
+            for one in visited:
+                if one is not None:
+                    self.on_gradients(one)
         self.optimizer.step(width, mixed=mixed)
 
     def state_dict(self) -> dict[str, Any]:

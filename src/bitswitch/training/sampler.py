@@ -109,3 +109,39 @@ class AssignmentSampler:
         # The last edge is 1 but for rounding.
         index = (chance[..., None] >= edges[:, :-1]).sum(-1)
         return np.array(self.widths)[index]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidthSampler:
+    """Draws the widths that a step of joint training visits: always the lowest, with others drawn evenly.
+
+    The lowest has the most to learn, and the others learn much of it along (the codes are shared), so that a step over two
+    of four widths costs half and leaves the lowest as many steps.
+
+    Attributes:
+        widths: candidate widths, highest first.
+        forwards: how many a step visits, from 1 to all.
+        seed: of the draws, the same on every rank and in a resumed run.
+    """
+
+    widths: tuple[int, ...]
+    forwards: int
+    seed: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the forwards of a step stand for."""
+        return (*(f"random {i + 1}" for i in range(self.forwards - 1)), str(self.widths[-1]))
+
+    def draw(self, step: int) -> list[tuple[int, int]]:
+        """For every forward of a step, highest first, the width that it stands for and the one that it has: the same.
+
+        Args:
+            step: counted from the beginning of training.
+
+        >>> [[width for width, _ in WidthSampler(widths=(8, 6, 4, 2), forwards=2, seed=0).draw(step)] for step in range(4)]
+        [[4, 2], [6, 2], [6, 2], [4, 2]]
+        """
+        *others, lowest = self.widths
+        drawn = np.random.default_rng((self.seed, step)).choice(len(others), self.forwards - 1, replace=False)
+        return [(width, width) for width in (*(others[i] for i in sorted(drawn.tolist())), lowest)]
