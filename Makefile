@@ -33,6 +33,7 @@ results: $(VENV)/.demo
 	$(BIN)/python -m bitswitch.report README.md results
 	$(BIN)/python -m bitswitch.report docs/performance.md results/performance
 	$(BIN)/python -m bitswitch.report docs/results.md results/cifar10
+	$(BIN)/python -m bitswitch.report docs/models.md results/shipped
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info

@@ -25,6 +25,8 @@ from safetensors.torch import save
 
 import result
 from bitswitch import files
+from bitswitch.artifact import Header
+from bitswitch.data import DataSet, Preprocessing, load_data
 from bitswitch.models.weights import read_weights
 
 RECIPE = "cifar10-resnet20"
@@ -52,6 +54,10 @@ PAPER = ("train.scale_form=raw", "train.alrs=printed", "train.eta=paper")
 RIVALS = ("lsq", "adabits", "bit_mixer", "per_width")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "ours": (),
+    "drawn-2": ("train.forwards=2",),
+    "drawn-2-twice-as-long": ("train.forwards=2", "train.epochs=10"),
+    "lr-1e-3": ("train.lr=1e-3",),
+    "scale-lr-2e-3": ("train.scale_lr=2e-3",),
     "paper": PAPER,
     "alrs-off": ("train.alrs=off",),
     "eta-paper": ("train.eta=paper",),
@@ -59,6 +65,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "raw-eta-paper": ("train.scale_form=raw", "train.eta=paper"),
     "raw-alrs-off": ("train.scale_form=raw", "train.alrs=off"),
     "kd-float": ("train.distillation.teacher=float",),
+    "kd-float-lr-1e-3": ("train.distillation.teacher=float", "train.lr=1e-3"),
+    "kd-float-drawn-2-twice-as-long": ("train.distillation.teacher=float", "train.forwards=2", "train.epochs=10"),
+    "kd-float-drawn-2-scale-lr-2e-3-twice-as-long": (
+        *("train.distillation.teacher=float", "train.forwards=2", "train.scale_lr=2e-3"),
+        "train.epochs=10",
+    ),
+    "kd-float-batch-64": ("train.distillation.teacher=float", "train.batch_size=64"),
     "kd-highest": ("train.distillation.teacher=highest",),
     "per-channel": ("train.per_channel=true",),
     "accumulate": ("train.order=accumulate",),
@@ -75,13 +88,17 @@ _SCREENED = (
         "centred",
         "alrs-off",
         "kd-float",
+        "kd-float-lr-1e-3",
+        "kd-float-batch-64",
+        "kd-float-drawn-2-twice-as-long",
+        "kd-float-drawn-2-scale-lr-2e-3-twice-as-long",
         "kd-highest",
         "per-channel",
         "accumulate",
         "raw",
         "eta-paper",
     ),
-    *("raw-eta-paper", "raw-alrs-off", "lsq"),
+    *("raw-eta-paper", "raw-alrs-off", "lsq", "drawn-2", "drawn-2-twice-as-long", "lr-1e-3", "scale-lr-2e-3"),
 )
 _DECIDED = ("ours", "paper", "lsq", "ours-432", "paper-432", "lsq-8-alone", "lsq-4-alone", "lsq-2-alone", *RIVALS[1:3])
 QUEUE = (
@@ -170,15 +187,20 @@ def _commits(path: Path) -> list[str]:
     return known
 
 
-def _bitswitch(stage: str, run: Path, seed: int, places: Places, words: tuple[str, ...]) -> None:
+def run_stage(stage: str, run: Path, seed: int, places: Places, words: tuple[str, ...]) -> None:
     where = () if places.data is None else (f"data.root={places.data}",)
     command = [sys.executable, "-m", "bitswitch", stage, RECIPE, *where, *words, "--seed", str(seed), "--out", str(run)]
     subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
 
 
+def images_for(header: Header, folder: str) -> DataSet:
+    """CIFAR-10 as an artifact wants it normalized."""
+    return load_data("cifar10", folder).with_preprocessing(Preprocessing.from_json(dict(header.preprocessing or {})))
+
+
 def _float(run: Path, seed: int, places: Places) -> dict[str, Any]:
     start = () if places.start is None else (f"pretrain.checkpoint={places.start}",)
-    _bitswitch("pretrain", run, seed, places, (*NORMALIZED, *FLOAT, *start))
+    run_stage("pretrain", run, seed, places, (*NORMALIZED, *FLOAT, *start))
     rows = _metrics(run, "pretrain")
     weights = places.results / f"float-seed{seed}.safetensors"
     files.write(weights, save(read_weights(run / "checkpoints" / "pretrain.pt")))
@@ -209,10 +231,10 @@ def _quantized(run: Path, schedule: Schedule, variant: tuple[str, ...], seed: in
     started = base["final"]["float"]
     overrides = (*NORMALIZED, *JOINT, *schedule.words, *variant)
     words = (*overrides, "pretrain.epochs=0", f"pretrain.checkpoint={weights}")
-    _bitswitch("pretrain", run, seed, places, words)
+    run_stage("pretrain", run, seed, places, words)
     if _fingerprint(run) != base["data_sha256"]:
         sys.exit(f"{places.data} holds other images than those of {scores}: a drop would compare nothing")
-    _bitswitch("train", run, seed, places, words)
+    run_stage("train", run, seed, places, words)
     rows = _metrics(run, "train")
     final = {
         bits: {split: score | {"drop": started[split]["top1"] - score["top1"]} for split, score in by_split.items()}
@@ -255,8 +277,10 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """{bits: {quantity: its value on val after every epoch}}."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in sorted((row for row in rows if row["split"] == "val"), key=lambda row: row["epoch"]):
+        # A width that a step does not always visit has no training loss.
         for name in ("top1", "loss", "train_loss"):
-            found.setdefault(row["bits"], {}).setdefault(name, []).append(round(row[name], 4))
+            if name in row:
+                found.setdefault(row["bits"], {}).setdefault(name, []).append(round(row[name], 4))
     return found
 
 

@@ -27,10 +27,10 @@ from bitswitch.training import evaluate, recalibrate
 METHODS = {"double_rounding": "half_up", "centred": "centred"}
 # From E [candidates, widths], squared error / squared weights, to what is to be least.
 CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum of E / least E (the default)": lambda e: (e / e.amin(0)).sum(1),
+    "sum of E / least E": lambda e: (e / e.amin(0)).sum(1),
     "greatest E / least E": lambda e: (e / e.amin(0)).amax(1),
     "sum of log E": lambda e: e.log().sum(1),
-    "sum of log (E + 0.01)": lambda e: (e + 0.01).log().sum(1),
+    "sum of log (E + 0.01) (the default)": lambda e: (e + 0.01).log().sum(1),
     "sum of log (E + 0.001)": lambda e: (e + 0.001).log().sum(1),
     "widest alone": lambda e: e[:, 0],
     "narrowest alone (sum of E)": lambda e: e.sum(1),

@@ -1,0 +1,212 @@
+"""What mixed SubNets of a SuperNet reach on CIFAR-10: the programme's beside random ones of the same average bits.
+
+    python benchmarks/mixed.py hasb-of-screen-kd-float-seed0 uniform-of-... none-of-... --data CIFAR_FOLDER
+
+A job is WAY-of-JOB. JOB is one of accuracy.py that is done: its run is in --work, its file in --results. WAY is how a SuperNet
+is trained from it, as long as it was itself: by HASB ("hasb"), with every layer drawn evenly ("uniform"), or not at all
+("none": the joint network's own batch normalizations, one for each width). A job that was killed goes on from its last epoch
+while --work is there. Random SubNets are drawn evenly among all whose average is the greatest that the budget allows.
+"""
+
+import argparse
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+import accuracy
+import bitswitch as bs
+import result
+from bitswitch import files, search
+from bitswitch.assignment import Assignment
+from bitswitch.data import DataSet
+from bitswitch.nn import quantized_layers
+from bitswitch.training import evaluate
+
+WAYS = ("hasb", "uniform", "none")
+BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
+RANDOM = 10
+# What a SuperNet's training has in common with joint training.
+_SHARED = ("distillation.", "lr=", "scale_lr=", "batch_size=", "precision=", "compile=", "epochs=", "alrs=", "eta=")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="+")
+    parser.add_argument("--data", required=True, help="folder with train/ and test/")
+    parser.add_argument("--work", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--results", type=Path, default=Path("results/cifar10"))
+    options = parser.parse_args()
+    places = accuracy.Places(options.data, None, options.work, options.results)
+    for job in options.jobs:
+        if re.fullmatch(rf"({'|'.join(WAYS)})-of-.+-seed\d+", job) is None:
+            sys.exit(f"{job} is no job: WAY-of-JOB, WAY one of {', '.join(WAYS)}, JOB of accuracy.py")
+    for job in options.jobs:
+        do(job, places)
+
+
+def do(job: str, places: accuracy.Places) -> None:
+    """Do a job and write its file, unless it is there."""
+    path = places.results / f"mixed-{job}.json"
+    if path.exists():
+        print(f"{job}: {path} is there, nothing to do", flush=True)
+        return
+    way, _, joint = job.partition("-of-")
+    accuracy.parts(joint)
+    for needed in (places.results / f"{joint}.json", places.work / joint):
+        if not needed.exists():
+            sys.exit(f"{needed} is not there: do {joint} first, with accuracy.py and the same --work and --results")
+    before = files.read_json(places.results / f"{joint}.json")
+    run = places.work / f"mixed-{job}"
+    seed, splits = before["seeds"][0], tuple(before["split"].split(", "))
+    words = _words(way, before, places)
+    # Of the float network, so of all ways.
+    accuracy.run_stage("sensitivity", places.work / joint, seed, places, words)
+    _copy(places.work / joint, run)
+    artifact = run / "model.safetensors"
+    if way != "none":
+        accuracy.run_stage("supernet", run, seed, places, words)
+        # Writes the choices into the artifact.
+        accuracy.run_stage("search", run, seed, places, words)
+        artifact = run / "supernet.safetensors"
+    print(f"{job}: SubNets of {artifact}", flush=True)
+    traces = {name: layer["trace"] for name, layer in files.read_json(run / "sensitivity.json")["layers"].items()}
+    found = _subnets(artifact, traces, splits, seed, places)
+    epochs = 0 if way == "none" else before["epochs"]
+    drops = {split: before["final"]["8"][split]["top1"] + before["final"]["8"][split]["drop"] for split in splits}
+    result.write(
+        path,
+        title=f"SubNets: {way}, {epochs} epochs after {joint}",
+        data=accuracy.DATA,
+        split=", ".join(splits),
+        seeds=[seed],
+        command=f"python benchmarks/mixed.py {job} --data CIFAR_FOLDER",
+        note=f"Float: {', '.join(f'{top1:.2f} on {split}' for split, top1 in drops.items())}. "
+        "Widths: a digit for each layer, in the order of the network.",
+        overrides=list(words),
+        **found,
+    )
+    print(f"{job}: {path} is written", flush=True)
+
+
+def _copy(joint: Path, run: Path) -> None:
+    if not run.exists():
+        shutil.copytree(joint, run.with_suffix(".part"), dirs_exist_ok=True)
+        run.with_suffix(".part").rename(run)
+
+
+def _words(way: str, before: Mapping[str, Any], places: accuracy.Places) -> tuple[str, ...]:
+    weights = places.results / before["started_from"]["name"]
+    words = [*before["overrides"], "pretrain.epochs=0", f"pretrain.checkpoint={weights}"]
+    if way == "none":
+        return tuple(words)
+    shared = [word.removeprefix("train.") for word in before["overrides"] if word.startswith("train.")]
+    words += [f"supernet.{word}" for word in shared if word.startswith(_SHARED)]
+    return (*words, f"supernet.sampler={way}", f"search.budgets={list(BUDGETS)}")
+
+
+def _subnets(
+    artifact: Path, traces: Mapping[str, float], splits: Sequence[str], seed: int, places: accuracy.Places
+) -> dict[str, Any]:
+    model = bs.load(artifact)
+    header = bs.artifact.read_header(artifact)
+    data = accuracy.images_for(header, str(places.data))
+    layers = quantized_layers(model)
+    widths = header.widths
+    damage = {
+        "hessian": search.damage_table(model, traces),
+        "linear": search.damage_table(model, traces, "linear"),
+        "measured on val": search.measured_damage(model, lambda some: _top1(model, data, "val", some)),
+    }
+    problems = {form: search.Problem(damage=table, costs=search.cost_tables(model)) for form, table in damage.items()}
+    uniform = [Assignment(tuple((name, width) for name in layers)) for width in widths]
+    chosen = {
+        (form, budget): problem.solve({"bits": budget}) for form, problem in problems.items() for budget in BUDGETS
+    }
+    drawn = {budget: _random(tuple(layers), widths, budget, seed) for budget in BUDGETS}
+    asked = [*uniform, *(one.assignment for one in chosen.values()), *(one for some in drawn.values() for one in some)]
+    top1 = {split: dict(zip(asked, _top1(model, data, split, asked), strict=True)) for split in splits}
+    rows: list[list[Any]] = [
+        [width, "all layers alike", *(_cells([top1[split][one]]) for split in splits), _digits(one)]
+        for width, one in zip(widths, uniform, strict=True)
+    ]
+    ranks: dict[str, dict[str, float]] = {}
+    for budget in BUDGETS:
+        for form, problem in problems.items():
+            choice = chosen[form, budget].assignment
+            rows.append(
+                [budget, f"programme, damage {form}", *(_cells([top1[s][choice]]) for s in splits), _digits(choice)]
+            )
+            suffers = [problem.choice(one).damage for one in drawn[budget]]
+            rank = spearmanr(suffers, [top1["val"][one] for one in drawn[budget]]).statistic
+            ranks.setdefault(form, {})[str(budget)] = round(float(rank), 3)
+        rows.append(
+            [
+                budget,
+                f"{RANDOM} at random, mean ± standard deviation",
+                *(_cells([top1[split][one] for one in drawn[budget]]) for split in splits),
+                "",
+            ]
+        )
+    return {
+        "columns": ["average bits", "SubNet", *(f"top-1 %, {split}" for split in splits), "widths"],
+        "rows": rows,
+        "rank_correlation_of_damage_and_top1": ranks,
+        "layers": list(layers),
+        "traces": {name: traces[name] for name in layers},
+        "damage": {form: {name: list(table[name].values()) for name in layers} for form, table in damage.items()},
+        "random": {
+            str(budget): [[_digits(one), *(top1[split][one] for split in splits)] for one in some]
+            for budget, some in drawn.items()
+        },
+    }
+
+
+def _random(layers: Sequence[str], widths: Sequence[int], budget: float, seed: int) -> list[Assignment]:
+    """Assignments drawn evenly among all whose sum of widths is the greatest within a budget of average bits.
+
+    Layers are drawn independently, with probabilities that fall or rise exponentially with the width: how probable an
+    assignment is then depends on its sum alone, so that among those of the wanted sum all are alike.
+    """
+    generator = np.random.default_rng((seed, round(100 * budget)))
+    values = np.array(widths)
+    step = int(np.gcd.reduce(np.abs(np.diff(values))))
+    least = int(values.min()) * len(layers)
+    total = least + int(budget * len(layers) - least) // step * step
+    low, high = -8.0, 8.0
+    for _ in range(60):
+        tilt = (low + high) / 2
+        chance = np.exp(tilt * (values - values.mean()))
+        chance /= chance.sum()
+        low, high = (tilt, high) if chance @ values * len(layers) < total else (low, tilt)
+    found: dict[Assignment, None] = {}
+    while len(found) < RANDOM:
+        row = generator.choice(values, len(layers), p=chance)
+        if row.sum() == total:
+            found[Assignment(tuple(zip(layers, row.tolist(), strict=True)))] = None
+    return list(found)
+
+
+def _top1(model: torch.nn.Module, data: DataSet, split: str, assignments: Sequence[Assignment]) -> list[float]:
+    batches = data.evaluation_batches(split, batch_size=500, device=torch.device("cpu"))
+    return [score.top1 for score in evaluate(model, batches, assignments)]
+
+
+def _digits(assignment: Assignment) -> str:
+    return "".join(str(width) for _, width in assignment.items())
+
+
+def _cells(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+if __name__ == "__main__":
+    main()
