@@ -5,9 +5,11 @@
 
 `float-seedK` fine-tunes the published weights (--start) and keeps what it reaches as float-seedK.safetensors beside its
 result file: every other job of that seed starts from this file, so that drops are from one and the same float network.
-`glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is long and also scored on test. A job that was
-killed goes on from its last epoch while --work is there; a job whose file is there is done. `make results` writes
-docs/results.md from the files. On a machine that others use, OMP_NUM_THREADS=1 gives more images a second.
+`glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is ten and also scored on test. A way of training
+that visits two of four widths in a step costs half: `*-twice-as-long` is twice as many epochs, for as many forwards as the
+others have. A job that was killed goes on from its last epoch while --work is there; a job whose file is there is done.
+`make results` writes docs/results.md from the files. On a machine that others use, OMP_NUM_THREADS=1 gives more images a
+second.
 """
 
 import argparse
@@ -41,21 +43,24 @@ JOINT = ("train.precision=bfloat16", "train.compile=true", "train.record_scale_g
 class Schedule:
     """How long a job trains, and on what it is judged."""
 
-    words: tuple[str, ...]
+    epochs: int
     splits: tuple[str, ...]
 
+    def changed(self, variant: str) -> tuple[str, ...]:
+        """The overrides that make a variant differ from the schedule's own recipe."""
+        longer = (f"train.epochs={2 * self.epochs}",) if variant.endswith(TWICE) else ()
+        return (*VARIANTS[variant.removesuffix(TWICE)], *longer)
 
-SCHEDULES = {
-    "glance": Schedule(("train.epochs=1",), ("val",)),
-    "screen": Schedule(("train.epochs=5",), ("val",)),
-    "decide": Schedule(("train.epochs=20",), ("val", "test")),
-}
+
+SCHEDULES = {"glance": Schedule(1, ("val",)), "screen": Schedule(5, ("val",)), "decide": Schedule(10, ("val", "test"))}
+TWICE = "-twice-as-long"
 PAPER = ("train.scale_form=raw", "train.alrs=printed", "train.eta=paper")
 RIVALS = ("lsq", "adabits", "bit_mixer", "per_width")
+TAUGHT = ("train.distillation.teacher=float",)
+TAUGHT_DRAWN_2 = (*TAUGHT, "train.forwards=2", "train.scale_lr=2e-3")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "ours": (),
     "drawn-2": ("train.forwards=2",),
-    "drawn-2-twice-as-long": ("train.forwards=2", "train.epochs=10"),
     "lr-1e-3": ("train.lr=1e-3",),
     "scale-lr-2e-3": ("train.scale_lr=2e-3",),
     "paper": PAPER,
@@ -64,49 +69,34 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "raw": ("train.scale_form=raw",),
     "raw-eta-paper": ("train.scale_form=raw", "train.eta=paper"),
     "raw-alrs-off": ("train.scale_form=raw", "train.alrs=off"),
-    "kd-float": ("train.distillation.teacher=float",),
-    "kd-float-lr-1e-3": ("train.distillation.teacher=float", "train.lr=1e-3"),
-    "kd-float-drawn-2-twice-as-long": ("train.distillation.teacher=float", "train.forwards=2", "train.epochs=10"),
-    "kd-float-drawn-2-scale-lr-2e-3-twice-as-long": (
-        *("train.distillation.teacher=float", "train.forwards=2", "train.scale_lr=2e-3"),
-        "train.epochs=10",
-    ),
-    "kd-float-batch-64": ("train.distillation.teacher=float", "train.batch_size=64"),
+    "kd-float": TAUGHT,
+    "kd-float-drawn-2-scale-lr-2e-3": TAUGHT_DRAWN_2,
+    "kd-float-drawn-2-scale-lr-2e-3-lr-1e-3": (*TAUGHT_DRAWN_2, "train.lr=1e-3"),
+    "kd-float-drawn-2-scale-lr-2e-3-batch-64": (*TAUGHT_DRAWN_2, "train.batch_size=64"),
     "kd-highest": ("train.distillation.teacher=highest",),
     "per-channel": ("train.per_channel=true",),
     "accumulate": ("train.order=accumulate",),
     "centred": ("train.method=centred",),
     **{method.replace("_", "-"): (f"train.method={method}",) for method in RIVALS},
     **{f"lsq-{bits}-alone": ("train.method=lsq", f"bits=[{bits}]") for bits in (8, 4, 2)},
-    "ours-432": ("bits=[4, 3, 2]",),
-    "paper-432": ("bits=[4, 3, 2]", *PAPER),
 }
+OURS = "kd-float-drawn-2-scale-lr-2e-3"
+VARIANTS |= {f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for variant in ("paper", "lsq", OURS)}
 _SCREENED = (
-    *(
-        "ours",
-        "paper",
-        "centred",
-        "alrs-off",
-        "kd-float",
-        "kd-float-lr-1e-3",
-        "kd-float-batch-64",
-        "kd-float-drawn-2-twice-as-long",
-        "kd-float-drawn-2-scale-lr-2e-3-twice-as-long",
-        "kd-highest",
-        "per-channel",
-        "accumulate",
-        "raw",
-        "eta-paper",
-    ),
-    *("raw-eta-paper", "raw-alrs-off", "lsq", "drawn-2", "drawn-2-twice-as-long", "lr-1e-3", "scale-lr-2e-3"),
+    *("ours", "paper", "drawn-2", f"drawn-2{TWICE}", "kd-float", "scale-lr-2e-3", OURS + TWICE),
+    *(f"{OURS}-batch-64{TWICE}", f"{OURS}-lr-1e-3{TWICE}"),
+    *("lsq", "centred", "kd-highest", "per-channel", "accumulate", "alrs-off", "raw", "eta-paper", "raw-eta-paper"),
+    *("raw-alrs-off", "lr-1e-3"),
 )
-_DECIDED = ("ours", "paper", "lsq", "ours-432", "paper-432", "lsq-8-alone", "lsq-4-alone", "lsq-2-alone", *RIVALS[1:3])
+_DECIDED = (
+    *("paper", "lsq", OURS + TWICE, "paper-432", "lsq-432", f"{OURS}-432"),
+    *("lsq-8-alone", "lsq-4-alone", "lsq-2-alone", "adabits", "bit-mixer"),
+)
 QUEUE = (
     "float-seed0",
-    *(f"glance-{variant}-seed0" for variant in ("ours", "centred")),
     *(f"screen-{variant}-seed0" for variant in _SCREENED),
     *(f"float-seed{seed}" for seed in (1, 2)),
-    *(f"decide-{variant.replace('_', '-')}-seed{seed}" for seed in range(3) for variant in _DECIDED),
+    *(f"decide-{variant}-seed{seed}" for seed in range(3) for variant in _DECIDED),
 )
 
 
@@ -140,10 +130,10 @@ def parts(job: str) -> tuple[str, str, int]:
     found = re.fullmatch(r"(?:(float)|(\w+?)-(.+))-seed(\d+)", job)
     if found is not None:
         schedule, variant = ("float", "float") if found[1] else (found[2], found[3])
-        if found[1] or (schedule in SCHEDULES and variant in VARIANTS):
+        if found[1] or (schedule in SCHEDULES and variant.removesuffix(TWICE) in VARIANTS):
             return schedule, variant, int(found[4])
     sys.exit(
-        f"{job} is no job: SCHEDULE-VARIANT-seedK of {', '.join(SCHEDULES)} and {', '.join(VARIANTS)}, or float-seedK"
+        f"{job} is no job: SCHEDULE-VARIANT[{TWICE}]-seedK of {', '.join(SCHEDULES)} and {', '.join(VARIANTS)}, or float-seedK"
     )
 
 
@@ -157,10 +147,8 @@ def do(job: str, places: Places) -> None:
     print(f"{job}: begins or goes on", flush=True)
     run = places.work / job
     commits = _commits(places.work / f"{job}.commits")
-    if schedule == "float":
-        document = _float(run, seed, places)
-    else:
-        document = _quantized(run, SCHEDULES[schedule], VARIANTS[variant], seed, places)
+    floats = schedule == "float"
+    document = _float(run, seed, places) if floats else _quantized(run, SCHEDULES[schedule], variant, seed, places)
     words = f"python benchmarks/accuracy.py {job} --data CIFAR_FOLDER"
     result.write(
         path,
@@ -223,13 +211,14 @@ def _float(run: Path, seed: int, places: Places) -> dict[str, Any]:
     }
 
 
-def _quantized(run: Path, schedule: Schedule, variant: tuple[str, ...], seed: int, places: Places) -> dict[str, Any]:
+def _quantized(run: Path, schedule: Schedule, variant: str, seed: int, places: Places) -> dict[str, Any]:
     weights, scores = places.results / f"float-seed{seed}.safetensors", places.results / f"float-seed{seed}.json"
     if not (weights.exists() and scores.exists()):
         sys.exit(f"{weights} is not there: do float-seed{seed} first")
     base = files.read_json(scores)
     started = base["final"]["float"]
-    overrides = (*NORMALIZED, *JOINT, *schedule.words, *variant)
+    changed = schedule.changed(variant)
+    overrides = (*NORMALIZED, *JOINT, f"train.epochs={schedule.epochs}", *changed)
     words = (*overrides, "pretrain.epochs=0", f"pretrain.checkpoint={weights}")
     run_stage("pretrain", run, seed, places, words)
     if _fingerprint(run) != base["data_sha256"]:
@@ -251,7 +240,7 @@ def _quantized(run: Path, schedule: Schedule, variant: tuple[str, ...], seed: in
             for split, score in by_split.items()
         ],
         "overrides": list(overrides),
-        "changed": list(variant),
+        "changed": list(changed),
         "data_sha256": base["data_sha256"],
         "started_from": {"name": weights.name, "sha256": files.file_digest(weights)},
         "bits": [int(bits) for bits in final],

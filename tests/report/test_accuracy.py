@@ -99,6 +99,12 @@ def test_every_job_of_the_queue_is_one_and_another_is_refused():
             accuracy.parts(job)
 
 
+def test_twice_as_long_is_twice_the_schedules_epochs():
+    schedule = accuracy.SCHEDULES["decide"]
+    assert schedule.changed("drawn-2") == ("train.forwards=2",)
+    assert schedule.changed("drawn-2-twice-as-long") == ("train.forwards=2", f"train.epochs={2 * schedule.epochs}")
+
+
 def in_this_process(command, *, check, stdout):
     """A command of the package without another start of Python."""
     assert command[1:3] == ["-m", "bitswitch"] and check
@@ -115,8 +121,8 @@ def places(monkeypatch, tmp_path):
     monkeypatch.setattr(accuracy, "FLOAT", ("pretrain.epochs=2",))
     monkeypatch.setattr(accuracy, "JOINT", ("train.record_scale_gradients=true",))
     short = {
-        "screen": accuracy.Schedule(("train.epochs=1",), ("val",)),
-        "decide": accuracy.Schedule(("train.epochs=2",), ("val", "test")),
+        "screen": accuracy.Schedule(1, ("val",)),
+        "decide": accuracy.Schedule(2, ("val", "test")),
     }
     monkeypatch.setattr(accuracy, "SCHEDULES", short)
     monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=in_this_process, DEVNULL=None))
