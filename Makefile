@@ -29,10 +29,11 @@ lint: $(VENV)/.dev
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-results: $(VENV)/.demo
+results: $(VENV)/.dev
 	$(BIN)/python -m bitswitch.report README.md results
 	$(BIN)/python -m bitswitch.report docs/performance.md results/performance
 	$(BIN)/python -m bitswitch.report docs/results.md results/cifar10
+	MPLBACKEND=agg $(BIN)/python -m bitswitch.report.plots results/cifar10 docs/plots
 	$(BIN)/python -m bitswitch.report docs/models.md results/shipped
 
 clean:

@@ -1,0 +1,60 @@
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import matplotlib as mpl
+import pytest
+
+from bitswitch.report.plots import digest, draw
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "results" / "cifar10"
+mpl.use("agg")
+
+
+def words(path):
+    return " ".join("".join(element.itertext()) for element in ET.parse(path).iter("{http://www.w3.org/2000/svg}text"))
+
+
+def test_figures_of_the_documents_are_of_the_results_that_are_there():
+    figures = sorted((ROOT / "docs" / "plots").glob("*.svg"))
+    assert figures, "run: make results"
+    for path in figures:
+        assert digest(RESULTS) in path.read_text(), f"{path.name}: run: make results"
+        assert f"plots/{path.name}" in (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_same_results_draw_the_same_files_and_others_do_not(tmp_path):
+    results, first, second = tmp_path / "results", tmp_path / "first", tmp_path / "second"
+    results.mkdir()
+    for name in ("screen-paper-seed0", "screen-drawn-2-seed0", "mixed-hasb-of-screen-kd-float-seed0"):
+        (results / f"{name}.json").write_bytes((RESULTS / f"{name}.json").read_bytes())
+    names = [path.name for path in draw(results, first)]
+    assert names == ["epochs-screen-8642.svg", "subnets.svg"]
+    draw(results, second)
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+    told = words(first / names[0])
+    assert all(word in told for word in ("8 bits", "2 bits", "paper", "drawn-2", "points below float, val"))
+    assert all(word in words(first / names[1]) for word in ("programme, damage hessian", "at random", "average bits"))
+
+    changed = json.loads((results / "screen-paper-seed0.json").read_text())
+    changed["curves"]["2"]["top1"][-1] -= 5
+    (results / "screen-paper-seed0.json").write_text(json.dumps(changed))
+    draw(results, second)
+    assert (first / names[0]).read_bytes() != (second / names[0]).read_bytes()
+
+
+def test_a_curve_ends_where_its_training_ended(tmp_path, monkeypatch):
+    """Of several seeds the mean of drops; a training that visits half of the widths is half as far along at its end."""
+    one = json.loads((RESULTS / "screen-drawn-2-seed0.json").read_text())
+    other = json.loads((RESULTS / "screen-drawn-2-seed0.json").read_text()) | {"seeds": [1]}
+    other["curves"]["2"]["top1"][-1] -= 2
+    for seed, document in enumerate((one, other)):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(document))
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, **look: drawn.append((list(x), list(y), look)))
+    draw(tmp_path, tmp_path)
+    x, y, look = drawn[3]
+    assert x == pytest.approx([0.5, 1, 1.5, 2, 2.5]) and look["label"] == "drawn-2 (2)"
+    assert y[-1] == pytest.approx(one["final"]["2"]["val"]["drop"] + 1)
