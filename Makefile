@@ -32,8 +32,7 @@ test: lint
 results: $(VENV)/.dev
 	$(BIN)/python -m bitswitch.report README.md results
 	$(BIN)/python -m bitswitch.report docs/performance.md results/performance
-	$(BIN)/python -m bitswitch.report docs/results.md results/cifar10
-	MPLBACKEND=agg $(BIN)/python -m bitswitch.report.plots results/cifar10 docs/plots
+	MPLBACKEND=agg $(BIN)/python -m bitswitch.report docs/results.md results/cifar10 docs/plots
 	$(BIN)/python -m bitswitch.report docs/models.md results/shipped
 
 clean:

@@ -1,16 +1,15 @@
-"""`python -m bitswitch.report.plots RESULTS FOLDER`: figures of docs/results.md, from the result files of CIFAR-10."""
+"""Figures of docs/results.md, from the result files of CIFAR-10."""
 
 import hashlib
 import io
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bitswitch import files
-from bitswitch.errors import UserError, require
+from bitswitch.errors import require
 
 _Result = Mapping[str, Any]
 ALIKE = "all layers alike"
@@ -137,12 +136,3 @@ def _svg(figure: Any, description: str) -> bytes:
         figure.savefig(text, format="svg", metadata=about)
     plt.close(figure)
     return text.getvalue()
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m bitswitch.report.plots RESULTS FOLDER")
-    try:
-        draw(sys.argv[1], sys.argv[2])
-    except UserError as error:
-        sys.exit(f"bitswitch: {error}")
