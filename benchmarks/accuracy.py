@@ -73,6 +73,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "kd-float-drawn-2-scale-lr-2e-3": TAUGHT_DRAWN_2,
     "kd-float-drawn-2-scale-lr-2e-3-lr-1e-3": (*TAUGHT_DRAWN_2, "train.lr=1e-3"),
     "kd-float-drawn-2-scale-lr-2e-3-batch-64": (*TAUGHT_DRAWN_2, "train.batch_size=64"),
+    "kd-float-alone-drawn-2-scale-lr-2e-3": (*TAUGHT_DRAWN_2, "train.distillation.weight=1"),
+    "kd-float-alone-hot-drawn-2-scale-lr-2e-3": (
+        *(*TAUGHT_DRAWN_2, "train.distillation.weight=1"),
+        "train.distillation.temperature=3",
+    ),
     "kd-highest": ("train.distillation.teacher=highest",),
     "per-channel": ("train.per_channel=true",),
     "accumulate": ("train.order=accumulate",),
@@ -85,6 +90,7 @@ VARIANTS |= {f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for varian
 _SCREENED = (
     *("ours", "paper", "drawn-2", f"drawn-2{TWICE}", "kd-float", "scale-lr-2e-3", OURS + TWICE),
     *(f"{OURS}-batch-64{TWICE}", f"{OURS}-lr-1e-3{TWICE}"),
+    *(f"kd-float-alone-{more}drawn-2-scale-lr-2e-3{TWICE}" for more in ("", "hot-")),
     *("lsq", "centred", "kd-highest", "per-channel", "accumulate", "alrs-off", "raw", "eta-paper", "raw-eta-paper"),
     *("raw-alrs-off", "lr-1e-3"),
 )
