@@ -14,4 +14,4 @@ def shipped() -> list[str]:
 def located(path: str | Path) -> Path:
     """The file of a shipped artifact where `path` is its name and no file of that name is here; else `path`."""
     found = _FOLDER / f"{path}{_SUFFIX}"
-    return found if str(path) in shipped() and not Path(path).exists() else Path(path)
+    return found if str(path) in shipped() and not Path(path).is_file() else Path(path)

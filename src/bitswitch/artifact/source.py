@@ -78,13 +78,13 @@ def opened(path: str | Path) -> Iterator[Source]:
 
 
 def _local(path: Path) -> Any:
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file{nearest(str(path), shipped())}")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not an artifact")
-    if not path.is_file():
-        raise UserError(f"{path} is not a regular file")
     try:
+        if not path.exists():
+            raise UserError(f"{path}: there is no such file{nearest(str(path), shipped())}")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, not an artifact")
+        if not path.is_file():
+            raise UserError(f"{path} is not a regular file")
         # Read, not mapped: a mapped file that another process cuts off ends this one.
         return path.open("rb", buffering=0)
     except OSError as error:

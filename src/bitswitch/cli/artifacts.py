@@ -23,7 +23,7 @@ from bitswitch.cli.words import (
     widths_of,
 )
 from bitswitch.config import load_recipe, recipe_names
-from bitswitch.errors import UserError, require
+from bitswitch.errors import UserError, nearest, require
 from bitswitch.rundir import RunDirectory
 
 
@@ -134,7 +134,10 @@ def export(
     beside = path.parent if path == Path(file) else Path()
     if not path.is_file():
         if path.suffix not in (".yaml", ".yml") and file not in recipe_names():
-            raise UserError(f"there is no file {file}, and no recipe of that name (bitswitch recipes lists them)")
+            known = nearest(file, [*artifact.shipped(), *recipe_names()])
+            raise UserError(
+                f"there is no file {file}, and no recipe of that name (bitswitch recipes lists them){known}"
+            )
         recipe = load_recipe(file, overrides or [], seed=seed)
         directory = RunDirectory(out or Path("runs") / path.stem)
         path = directory.supernet if directory.supernet.is_file() else directory.artifact

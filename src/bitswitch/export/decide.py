@@ -33,6 +33,8 @@ def decide(graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> None:
         if old.is_graph_output():
             graph.outputs[graph.outputs.index(old)] = new
             old.name, new.name = f"{new.name}.before", old.name
+        # Inside a branch of an If nobody says them; of the network's result the file must.
+        new.shape, new.type = old.shape, old.type
         old.replace_all_uses_with(new)
         for inner in other:
             for index, value in enumerate(inner.inputs):

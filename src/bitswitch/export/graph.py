@@ -27,6 +27,7 @@ from bitswitch.runtime.executable import KEY, Executable
 # eight bits would.
 _GREATEST_NOISE = 0.5
 _GREATEST_OWN_NOISE = 2.0
+_ROUNDING = 1e-9
 _DISTURBANCE = 2.0**-8
 # How far the range of a channel reaches beyond what the example inputs showed, either way.
 _ROOM = 0.1
@@ -183,7 +184,8 @@ def hold_against(
     expected = _results(model, assignment, inputs)
     noise = np.square(executable.run(_numpy(inputs))[0] - expected).sum()
     signal = np.square(expected - (expected.mean(0) if len(expected) > 1 else 0)).sum()
-    if noise <= _GREATEST_NOISE * signal:
+    # A network that answers the same to every input has no signal, but for rounding.
+    if noise <= max(_GREATEST_NOISE * signal, _ROUNDING * np.square(expected).sum()):
         return
     own_noise = np.square(_results(model, assignment, _disturbed(inputs)) - expected).sum()
     if not noise <= _GREATEST_OWN_NOISE * own_noise:

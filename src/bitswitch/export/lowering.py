@@ -132,7 +132,7 @@ def _lower_layer(lowering: Lowering, node: ir.Node, layer: str) -> None:
     if node.op_type == "Conv":
         _lower_convolution(lowering, node, layer)
     elif node.op_type == "Gemm" and node.attributes.get_int("transB"):
-        _lower_linear(lowering, node, layer, node.inputs[2])
+        _lower_linear(lowering, node, layer, node.inputs[2] if len(node.inputs) > 2 else None)
     elif node.op_type == "Transpose":
         for product, _ in list(node.outputs[0].uses()):
             if product.op_type != "MatMul":

@@ -237,11 +237,11 @@ def _do(run: Run, data: DataSet, stage: str) -> None:
         result, outputs = _STAGES[stage].work(run, data)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{run.device} is out of memory in stage {stage}: {_less_memory(run.recipe, stage)}") from error
-    except RuntimeError as error:
-        if not _is_the_compilers(error):
+    except (RuntimeError, ImportError, OSError) as error:
+        reason = _reason_of_compiler(error)
+        if reason is None:
             raise
         # A process that is killed while it compiles leaves an empty library behind, which torch would load again for ever.
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"torch.compile failed in stage {stage} ({reason}): set {stage}.compile=false; or, if a process was killed while "
             f"it compiled, delete {_compilers_cache()} and go on with the same command"
@@ -252,10 +252,16 @@ def _do(run: Run, data: DataSet, stage: str) -> None:
     barrier()
 
 
-def _is_the_compilers(error: RuntimeError) -> bool:
+def _reason_of_compiler(error: Exception) -> str | None:
+    """In one line, what stopped the compiler; None where something else failed."""
     # Slow to import; whoever compiles has it.
     loaded = sys.modules.get("torch._dynamo.exc")
-    return loaded is not None and isinstance(error, loaded.BackendCompilerFailed)
+    if loaded is not None and isinstance(error, loaded.BackendCompilerFailed):
+        return " ".join(str(error.inner_exception).split())[:200]
+    # A library of the cache that cannot be loaded is a plain error of the import.
+    if loaded is not None and _compilers_cache() in str(error):
+        return " ".join(str(error).split())[:200]
+    return None
 
 
 def _compilers_cache() -> str:

@@ -217,8 +217,8 @@ def _product(artifact: _Artifact, product: Product, thresholds: np.ndarray, fill
             return found
         return found | _sums(codes, scale, c) | {"in_bytes": np.asarray(all_in_bytes or exact)}
     sums = _sums(codes, scale, c)
-    codes, scale = with_room(codes, scale, np.abs(c) / input_scale)
     fine = 2 ** (fine_shift - shift)
+    codes, scale = with_room(codes, scale, np.abs(c) / input_scale * fine)
     unit = input_scale * np.abs(scale) / fine
     density = artifact.density(product, thresholds, len(codes))
     bias, stretch, moved = whole_bias(c / unit, thresholds / unit[:, None], density, 2**fine_shift)

@@ -5,6 +5,8 @@ import numpy as np
 LEAST_SCALE = 1e-30
 # A bias beyond this would leave an int32 accumulator too little room for the products.
 GREATEST_BIAS = 2**29
+# How far a scale may be stretched. Nothing near either bound gains a code.
+_FACTORS = (0.5, 2.0)
 # Relative: some roundings to float32.
 _LEAST_ROOM = 1e-6
 # Sums of weights that differ by roundings are alike.
@@ -38,7 +40,8 @@ def whole_bias(
     best, best_factor, most = nearest, np.ones_like(bias), np.full(bias.shape, -np.inf)
     for candidate in (nearest, nearest - 1, nearest + 1):
         bounds = np.stack([sums - step, sums]) + candidate[:, None]
-        bounds /= thresholds
+        # Where a step of the sums is wide beside the thresholds, intervals reach below 0: no scale may.
+        bounds = np.clip(bounds / thresholds, *_FACTORS)
         factor, met = _most_met(bounds.min(0), bounds.max(0), density)
         better = met * _ALIKE > most
         best, best_factor = np.where(better, candidate, best), np.where(better, factor, best_factor)
