@@ -142,6 +142,7 @@ def test_two_processes_cannot_work_in_one_directory(capsys, copied):
         (["run", "digits", "train=5"], ["train=5: give its keys, such as train.precision=..."]),
         (["search", "digits", "search.budgets=[]"], ["give at least one budget"]),
         (["search", "digits", "search.budgets=[4, {}]"], ["give at least one budget, each with a cost"]),
+        (["run", "digits", "train.forwards=1"], ["train.forwards=1", "only 2 bits would be trained"]),
         (["run", "digits", "train.forwards=5"], ["train.forwards=5", "at most all of bits=[8, 6, 4, 2]"]),
         (["run", "digits", "trian.epochs=3"], ["unknown key 'trian'", "did you mean 'train'"]),
         (["run", "digits", "train.epochs"], ["is not key=value"]),
@@ -343,7 +344,7 @@ def test_interruption_exits_130(capsys, monkeypatch):
         ["train.distillation.teacher=float", "train.record_scale_gradients=true"],
         ["train.distillation={teacher: highest, temperature: 4}", "train.order=accumulate"],
         ["train.forwards=2", "train.order=accumulate", "train.record_scale_gradients=true"],
-        ["train.forwards=1", "train.distillation.teacher=highest"],
+        ["train.forwards=2", "train.distillation.teacher=highest"],
     ],
     ids=str,
 )

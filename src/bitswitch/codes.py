@@ -25,12 +25,12 @@ def check_widths(widths: Sequence[int]) -> tuple[int, ...]:
         UserError: a width is not a whole number from 2 to 8, or the widths do not strictly descend.
     """
     if not isinstance(widths, (list, tuple)) or not widths:
-        raise UserError(f"bits={widths!r}: give a list of bit-widths, highest first, such as (8, 6, 4, 2)")
+        raise UserError(f"bits={widths!r}: give a list of bit-widths, highest first, such as [8,6,4,2]")
     for width in widths:
         if isinstance(width, bool) or not isinstance(width, (int, np.integer)) or not LEAST_BITS <= width <= MOST_BITS:
             raise UserError(f"bits={tuple(widths)}: {width!r} is not a bit-width; use whole numbers from 2 to 8")
     if any(after >= before for before, after in pairwise(widths)):
-        raise UserError(f"bits={tuple(widths)}: list each bit-width once, highest first, such as (8, 6, 4, 2)")
+        raise UserError(f"bits={tuple(widths)}: list each bit-width once, highest first, such as [8,6,4,2]")
     return tuple(int(width) for width in widths)
 
 

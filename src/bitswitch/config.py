@@ -183,6 +183,10 @@ class Recipe(_Part):
             raise ValueError(
                 f"train.forwards={self.train.forwards}: a step visits at most all of bits={list(self.bits)}"
             )
+        if self.train.forwards == 1 and len(self.bits) > 1:
+            raise ValueError(
+                f"train.forwards=1: only {self.bits[-1]} bits would be trained; use bits=[{self.bits[-1]}]"
+            )
         return self
 
 

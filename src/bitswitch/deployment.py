@@ -1,5 +1,6 @@
 """From a trained file to what runs without torch: the graph in the artifact, ONNX files, what a graph is made of."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -33,7 +34,8 @@ def export(
 
     Args:
         path: the artifact.
-        folder: where the ONNX files go: `<name>-4bit.onnx`, `<name>-mixed-3.onnx`.
+        folder: where the ONNX files go: `<name>-4bit.onnx`, or by the average width of its layers
+            `<name>-mixed-3.44bit.onnx`, with a number more where several have the same.
         bits: widths; all that the file has where neither this nor `assignment` is given.
         assignment: as in `bitswitch.evaluation.evaluate_file`.
         weights: "int8", "int4" or "int2".
@@ -53,6 +55,7 @@ def export(
     require("onnxscript", "onnx")
     require("onnxruntime", "runtime")
     from bitswitch.export.onnx import Weights, export_file
+    from bitswitch.runtime.source import read
 
     header, tensors = artifact.read(path)
     added = "graph" not in tensors
@@ -72,10 +75,17 @@ def export(
         before = files.file_digest(path)
         add_graph(path, images, model=network, additions=additions)
         RunDirectory(path.parent).replaced(path.name, before)
+    elif additions == "exact" and read(path).bindings.additions != "exact":
+        raise UserError(
+            f"{path} holds a graph already, with requantized additions: --exact is for a file without a graph"
+        )
     model = _model(path, network)
-    made = []
+    made: list[dict[str, Any]] = []
+    names: set[str] = set()
     for i, one in enumerate(wanted or header.widths):
-        name = f"{one}bit" if isinstance(one, int) else f"mixed-{i}"
+        name = f"{one}bit" if isinstance(one, int) else f"mixed-{statistics.mean(one.values()):.2f}bit"
+        name = f"{name}-{i}" if name in names else name
+        names.add(name)
         file = folder / f"{path.stem}-{name}.onnx"
         used = export_file(
             path,

@@ -49,6 +49,15 @@ def test_a_card_and_a_result_file_are_of_this_very_file(name):
 def test_a_supernet_chooses_from_its_own_frontier():
     model = bs.load("resnet20-cifar10-mixed", assignment="avg<=3.5")
     session = Session("resnet20-cifar10-mixed", assignment=bs.widths(model))
+    assert Session("resnet20-cifar10-mixed", assignment="avg<=3.5").assignment == session.assignment
+    other = Session("resnet20-cifar10-mixed", bits=8)
+    other.switch("avg<=3.5")
+    assert other.assignment == session.assignment
+    with pytest.raises(UserError, match=r"no choice of the frontier has bits <= 1: the least is 2\.4"):
+        other.switch("avg<=1")
+    assert other.assignment == session.assignment
+    with pytest.raises(UserError, match="needs a frontier"):
+        Session("resnet20-cifar10", assignment="avg<=3.5")
     assert session.bits is None and 3 < np.mean(list(bs.widths(model).values())) <= 3.5
 
 
@@ -58,6 +67,18 @@ def test_commands_take_the_name_and_write_nothing_into_the_package(capsys, tmp_p
     before = {path.name: files.file_digest(path) for path in folder.iterdir()}
     status, out, _ = call(capsys, "inspect", "resnet20-cifar10", "--json")
     assert status == 0 and json.loads(out)["widths"] == [8, 6, 4, 2]
+    status, out, _ = call(capsys, "inspect", "resnet20-cifar10-mixed", "--json")
+    assert status == 0 and len(json.loads(out)["choices"]) == 6
+    one_line(call(capsys, "export", "resnet20-cifar10", "--bits", "4", "--exact"), "holds a graph already")
+    one_line(call(capsys, "export", "resnet20-cifar1", "--bits", "4"), "did you mean 'resnet20-cifar10'")
+    for i in range(2):
+        words = ("--assignment", f"avg<={4 + i}", "--json")
+        status, out, err = call(capsys, "export", "resnet20-cifar10-mixed", *words)
+        assert status == 0, err
+    assert sorted(path.name for path in (tmp_path / "onnx").iterdir()) == [
+        "resnet20-cifar10-mixed-mixed-4.00bit.onnx",
+        "resnet20-cifar10-mixed-mixed-5.00bit.onnx",
+    ]
     status, out, err = call(capsys, "export", "resnet20-cifar10", "--bits", "4", "--json")
     assert status == 0, err
     assert [row["file"] for row in json.loads(out)["files"]] == ["onnx/resnet20-cifar10-4bit.onnx"]
@@ -69,6 +90,11 @@ def test_a_file_here_comes_first_and_a_wrong_name_is_told(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"resnet20-cifar: there is no such file; did you mean 'resnet20-cifar10'"):
         bs.load("resnet20-cifar")
+    (tmp_path / "resnet20-cifar10").mkdir()
+    assert bs.artifact.located("resnet20-cifar10").is_file()
+    (tmp_path / "resnet20-cifar10").rmdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        bs.load("a" * 300)
     (tmp_path / "resnet20-cifar10").write_bytes(b"mine")
     with pytest.raises(UserError, match="resnet20-cifar10 cannot be used"):
         bs.load("resnet20-cifar10")

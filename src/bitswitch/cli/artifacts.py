@@ -94,6 +94,7 @@ def inspect(
             }
             for layer in header.layers
         ],
+        "choices": list(header.frontier),
         "code_bytes": header.widths[0] * artifact.plane_bytes([layer.shape for layer in header.layers]),
         "other_bytes": sum(a.nbytes for name, a in tensors.items() if not name.endswith(".codes")),
         "provenance": dict(header.provenance),

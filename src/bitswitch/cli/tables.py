@@ -93,6 +93,9 @@ def show_file(document: dict[str, Any]) -> None:
     sizes = f"{document['code_bytes']:,} of integer codes, {document['other_bytes']:,} of other tensors"
     output.print(f"{document['bytes']:,} bytes: {sizes}", markup=False)
     output.print(f"network: {json.dumps(document['network'])}", markup=False)
+    for i, choice in enumerate(document["choices"]):
+        costs = ", ".join(f"{name} {value:,.6g}" for name, value in choice["cost"].items())
+        output.print(f"choice #{i}: {costs}", markup=False)
     for width, report in document.get("graph", {}).items():
         kinds = (
             f"{report['integer']} products in integers, {report['float']} in floats, additions {report['additions']}"

@@ -5,9 +5,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bitswitch.artifact import within_budget
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError
 from bitswitch.runtime.executable import Executable
@@ -33,12 +35,13 @@ class Session:
         path: an artifact that holds its graph (`bitswitch.save(..., example_inputs=x)`), or the name of one that comes with
             the package.
         bits: the width to stand at; the highest where neither this nor `assignment` is given.
-        assignment: widths by layer name; the other layers have the highest.
+        assignment: widths by layer name; the other layers have the highest. Or a budget such as "avg<=4", for the best choice
+            that a search wrote into the file.
         memory: bytes that the executables kept may take together; the one in use is always kept.
         threads: how many threads one operation may use; 0: as many as there are cores.
 
     Raises:
-        UserError: the file cannot be used or holds no graph, or it has no such width or layer.
+        UserError: the file cannot be used or holds no graph, or it has no such width, layer or choice.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Session:
         path: str | Path,
         *,
         bits: int | None = None,
-        assignment: Mapping[str, int] | None = None,
+        assignment: Mapping[str, int] | str | None = None,
         memory: int = 2**30,
         threads: int = 0,
     ) -> None:
@@ -62,7 +65,7 @@ class Session:
         }
         self._kept: OrderedDict[Assignment, _Ready] = OrderedDict()
         self._lock = threading.Lock()
-        wanted = assignment if bits is None else bits
+        wanted = self._named(assignment) if bits is None else bits
         start = Assignment.of(highest if wanted is None else wanted, layers=highest, widths=self._widths)
         # One reference, read once by a run, set once by a switch: no thread ever sees half a switch.
         self._current = self._ready(start)
@@ -79,19 +82,20 @@ class Session:
         outputs = self._current.executable.run(inputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def switch(self, wanted: int | Mapping[str, int]) -> None:
+    def switch(self, wanted: int | Mapping[str, int] | str) -> None:
         """Run at other widths from now on; what is running ends as it began.
 
         Args:
-            wanted: one width for every layer, or widths for some layers by name, laid over those in use.
+            wanted: one width for every layer; widths for some layers by name, laid over those in use; or a budget such as
+                "avg<=4", for the best choice that a search wrote into the file.
 
         Raises:
-            UserError: there is no such width or layer; nothing has changed.
+            UserError: there is no such width, layer or choice; nothing has changed.
         """
         with self._lock:
-            assignment = None if isinstance(wanted, Mapping) else self._uniform.get(wanted)
+            assignment = None if isinstance(wanted, (Mapping, str)) else self._uniform.get(wanted)
             if assignment is None:
-                assignment = Assignment.of(wanted, layers=self.assignment.to_json(), widths=self._widths)
+                assignment = Assignment.of(self._named(wanted), layers=self.assignment.to_json(), widths=self._widths)
             self._current = self._ready(assignment)
 
     @property
@@ -128,6 +132,12 @@ class Session:
         """
         with self._lock:
             return self._source.nbytes + self._kept_bytes()
+
+    def _named(self, wanted: Any) -> Any:
+        """The widths of the choice where a budget is asked for; else what was asked for."""
+        if not isinstance(wanted, str):
+            return wanted
+        return within_budget(self._source.header.frontier, wanted)["assignment"]
 
     def _kept_bytes(self) -> int:
         return sum(ready.executable.nbytes for ready in self._kept.values())

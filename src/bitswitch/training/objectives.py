@@ -81,7 +81,7 @@ class FloatObjective:
 
 
 class JointObjective:
-    """Joint multi-precision training (arXiv 2502.01199, algorithm 1): every width sees every batch.
+    """Joint multi-precision training (arXiv 2502.01199, algorithm 1): every width sees every batch, unless a sampler draws.
 
     With an AssignmentSampler, SuperNet training: the forwards of a step are at the assignments that it draws; with a
     WidthSampler, a step visits the widths that it draws.
