@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 import bitswitch as bs
+from bitswitch.errors import UserError
+from bitswitch.export.onnx import export_file
 from bitswitch.runtime import Session
 from bitswitch.runtime.whole_bias import whole_bias
 
@@ -99,6 +101,16 @@ def test_a_convolution_may_be_the_result(tmp_path, additions):
     for width in BITS:
         bs.switch(model, width)
         bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x, additions=additions)
+
+
+def test_a_stored_graph_of_exact_sums_has_int8_weights_alone(tmp_path):
+    torch.manual_seed(0)
+    x, path = torch.randn(4, 3, 8, 8), tmp_path / "m.safetensors"
+    bs.save(bs.quantize(Chain(1).eval(), bits=BITS, example_inputs=x), path, example_inputs=x, additions="exact")
+    export_file(path, tmp_path / "8.onnx", wanted=8, weights="int4")
+    with pytest.raises(UserError, match="weights='int4': the stored graph keeps exact sums.*use int8"):
+        export_file(path, tmp_path / "4.onnx", wanted=4, weights="int4")
+    assert not (tmp_path / "4.onnx").exists()
 
 
 def test_a_linear_layer_needs_no_bias(tmp_path):

@@ -146,6 +146,9 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
         for key in ("codes", "zero")
         if bits < 8 and assignment[product.layer] <= bits and product.kind != "int32"
     }
+    if any(f"{product.prefix}.codes" in packed and product.kind == "sums" for product in graph.bindings.products):
+        # They are products of matrices of patches, and ONNX Runtime shapes no packed weights into a matrix.
+        raise UserError(f"weights={weights!r}: the stored graph keeps exact sums, for int8 weights alone; use int8")
     decide(graph.model.graph, arrays)
     standard_sums(graph.model)
     for name, value in list(graph.model.graph.initializers.items()):
