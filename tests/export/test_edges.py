@@ -108,7 +108,7 @@ def test_a_stored_graph_of_exact_sums_has_int8_weights_alone(tmp_path):
     x, path = torch.randn(4, 3, 8, 8), tmp_path / "m.safetensors"
     bs.save(bs.quantize(Chain(1).eval(), bits=BITS, example_inputs=x), path, example_inputs=x, additions="exact")
     export_file(path, tmp_path / "8.onnx", wanted=8, weights="int4")
-    with pytest.raises(UserError, match="weights='int4': the stored graph keeps exact sums.*use int8"):
+    with pytest.raises(UserError, match="the stored graph keeps exact sums"):
         export_file(path, tmp_path / "4.onnx", wanted=4, weights="int4")
     assert not (tmp_path / "4.onnx").exists()
 
