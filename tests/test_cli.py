@@ -120,9 +120,9 @@ def test_an_output_that_was_changed_is_noticed(capsys, copied):
 
 
 def test_a_stage_needs_the_one_before(capsys, tmp_path):
-    one_line(
-        call(capsys, "train", "digits", "--out", tmp_path / "x"), "pretrain is not done", "bitswitch pretrain digits"
-    )
+    where = tmp_path / "x"
+    hint = f"bitswitch pretrain digits --out {where} does it"
+    one_line(call(capsys, "train", "digits", "--out", where), "pretrain is not done", hint)
 
 
 def test_two_processes_cannot_work_in_one_directory(capsys, copied):

@@ -97,7 +97,7 @@ def _remote(url: str) -> Any:
         # Without a cache a read asks for its own range and no more.
         return fsspec.open(url, "rb", cache_type="none").open()
     except FileNotFoundError as error:
-        raise UserError(f"{url}: there is no such file") from error
+        raise UserError(f"{url}: there is no such file, or its server cannot be reached") from error
     except Exception as error:
         # Every protocol has errors of its own, which share no class.
         raise _unread(url, error) from error
