@@ -114,7 +114,10 @@ def export(
     assignment: Mixture = None,
     weights: Annotated[str, typer.Option(help="int8, or int4 or int2 for the layers that fit.")] = "int8",
     exact: Annotated[
-        bool, typer.Option("--exact", help="Convolutions keep their exact sums: slower, and torch's answers.")
+        bool,
+        typer.Option(
+            "--exact", help="Convolutions keep their exact sums, but for grouped and 1-d ones: slower, nearer torch."
+        ),
     ] = False,
     data: DataName = None,
     model: Network = None,

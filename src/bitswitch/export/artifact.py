@@ -54,7 +54,7 @@ def save(
             stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and `runtime`. Where it
             is not given, a model that was loaded and has not changed keeps the graph of its file.
         additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`, where every layer has
-            8 bits; or "exact", which keeps the sums of all convolutions.
+            8 bits or nothing is lost; or "exact", which keeps the sums of all convolutions but grouped and 1-d ones.
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be

@@ -79,7 +79,8 @@ def integer_graph(
         tensors: of its artifact.
         example_inputs: what it is called with: real data, since the ranges of eight-bit branches come from it.
         additions: "requantized": convolutions that feed an addition (or anything but one layer) end in 8 bits, with ranges from
-            the example inputs, where every layer has 8 bits or that loses nothing, else in floats; "exact": they end in floats.
+            the example inputs, where every layer has 8 bits or that loses nothing, else in floats; "exact": they end in floats,
+            but for grouped ones and those of one dimension.
         sums: with "exact", whether such convolutions, and all others, are integer operations with a float result, or
             quantize-dequantize float ones.
 

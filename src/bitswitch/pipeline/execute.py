@@ -131,10 +131,10 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
     for stage in _needed(stages):
         _check_same(run, data, stage, records)
         if stage not in stages and not _is_done(run, records.get(stage)):
-            where = "" if run.directory.path == Path("runs") / run.name else f" --out {run.directory.path}"
+            where = run.directory.path
             raise UserError(
-                f"stage {stage} is not done in {run.directory.path}: bitswitch {stage} {run.name}{where} does it, with the "
-                "same overrides"
+                f"stage {stage} is not done in {where}: bitswitch {stage} {run.name} --out {where} does it, with the same "
+                "overrides"
             )
     if not _is_done(run, records.get("pretrain")):
         _check_network(run, data, quantizable="train" in stages)

@@ -5,7 +5,7 @@ import numpy as np
 LEAST_SCALE = 1e-30
 # A bias beyond this would leave an int32 accumulator too little room for the products.
 GREATEST_BIAS = 2**29
-# How far a scale may be stretched. Nothing near either bound gains a code.
+# How far a scale may be stretched: never to 0 or below, which would turn the channel over.
 _FACTORS = (0.5, 2.0)
 # Relative: some roundings to float32.
 _LEAST_ROOM = 1e-6
