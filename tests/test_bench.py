@@ -48,6 +48,28 @@ def test_every_engine_and_width_is_measured(capsys, file, tmp_path, monkeypatch)
     assert choice.assignment.uniform == 8
 
 
+def test_a_file_that_is_cut_off_is_inspected_measured_and_exported_at_the_widths_that_it_holds(capsys, file, tmp_path):
+    whole = json.loads(call(capsys, "bench", file, "--rounds", 1, "--json")[1])
+    file.write_bytes(file.read_bytes()[:-1])
+    status, out, err = call(capsys, "bench", file, "--rounds", 1, "--json")
+    assert status == 0, err
+    document = json.loads(out)
+    (row,) = document["widths"]
+    same = ("bits", "bytes_read", "narrowed_bytes")
+    assert [row[key] for key in same] == [whole["widths"][1][key] for key in same]
+    assert {row["bits"] for row in document["speed"]} == {2, None}
+    status, out, err = call(capsys, "inspect", file, "--graph", "--json")
+    assert status == 0, err
+    document = json.loads(out)
+    assert document["widths"] == [8, 2] and document["held"] == [2] and set(document["graph"]) == {"2"}
+    assert "cut off: it serves 2 bits at most" in call(capsys, "inspect", file)[1]
+    status, out, err = call(capsys, "export", file, "--out", tmp_path / "onnx", "--json")
+    assert status == 0, err
+    assert [row["bits"] for row in json.loads(out)["files"]] == [2]
+    status, out, err = call(capsys, "export", file, "--out", tmp_path / "onnx", "--bits", 8)
+    assert status == 2 and "cut off before 8 bits: it serves 2 bits at most" in err and err.count("\n") == 1
+
+
 def test_a_file_without_a_graph_is_measured_in_torch(capsys, tmp_path):
     torch.manual_seed(0)
     images = torch.rand(4, 1, 8, 8)

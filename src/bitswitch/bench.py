@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from bitswitch import artifact
-from bitswitch.codes import bits_read
 from bitswitch.errors import UserError, require
 from bitswitch.export import load
 from bitswitch.machine import machine
@@ -42,22 +41,25 @@ def bench(path: Path, *, network: str | None = None, rounds: int = 10) -> dict[s
     Raises:
         UserError: the file cannot be used, or does not say of what shape its input is.
     """
-    header, tensors = artifact.read(path)
-    shape = (header.preprocessing or {}).get("shape")
+    located, tensors, widths = artifact.read_held(path)
+    graph = "graph" in tensors
+    if graph:
+        require("onnxruntime", "runtime")
+        require("onnxscript", "onnx")
+    shape = (located.header.preprocessing or {}).get("shape")
     if not shape:
         raise UserError(
             f"{path} does not say of what shape its input is: save it with preprocessing={{'shape': [C, H, W]}}"
         )
     images = np.random.default_rng(0).standard_normal((max(BATCHES), *shape)).astype(np.float32)
-    model = load(path, model=network)
-    graph = "graph" in tensors
-    rows = [_sizes(path, header, tensors, bits) for bits in header.widths]
+    model = load(path, bits=widths[0], model=network)
+    rows = [_sizes(located, tensors, bits) for bits in widths]
     for row in rows:
-        row |= _torch_switch(model, row["bits"], header.widths, rounds)
+        row |= _torch_switch(model, row["bits"], widths, rounds)
         row |= {"torch_peak_mb": _peak(path, "torch", row["bits"], network, shape)}
         row |= dict.fromkeys(("session_build_ms", "session_switch_us", "session_peak_mb"))
     runs: dict[tuple[str, int | None], Callable[[np.ndarray], Any]] = {}
-    for bits in header.widths:
+    for bits in widths:
         runs["torch", bits] = _in_torch(model, bits)
     document: dict[str, Any] = {
         "file": str(path),
@@ -67,28 +69,23 @@ def bench(path: Path, *, network: str | None = None, rounds: int = 10) -> dict[s
         "widths": rows,
     }
     if graph:
-        require("onnxruntime", "runtime")
         for row in rows:
-            row |= _session_costs(path, row["bits"], header.widths, rounds)
+            row |= _session_costs(path, row["bits"], widths, rounds)
             row |= {"session_peak_mb": _peak(path, "session", row["bits"], network, shape)}
             runs["session", row["bits"]] = _in_session(path, row["bits"])
-        runs["float ONNX", None] = _float_onnx(model, header.widths[0], images)
-        layers = _layer_latency(path, header.widths, images[:1], rounds)
+        runs["float ONNX", None] = _float_onnx(model, widths[0], images)
+        layers = _layer_latency(path, widths, images[:1], rounds)
         document["latency"] = None if layers is None else {"unit": "ms", "layers": layers}
     document["speed"] = _speed(runs, images, rounds)
     return document
 
 
-def _sizes(path: Path, header: artifact.Header, tensors: Mapping[str, np.ndarray], bits: int) -> dict[str, Any]:
-    planes = header.widths[0]
-    plane = artifact.plane_bytes([layer.shape for layer in header.layers])
-    weights = [int(np.prod(layer.shape)) for layer in header.layers]
+def _sizes(located: artifact.Located, tensors: Mapping[str, np.ndarray], bits: int) -> dict[str, Any]:
+    weights = [int(np.prod(layer.shape)) for layer in located.header.layers]
     others = sum(t.nbytes for name, t in tensors.items() if not name.endswith(".codes") and name != "graph")
-    graph = tensors["graph"].nbytes if "graph" in tensors else 0
-    before = path.stat().st_size - planes * plane - graph
     return {
         "bits": bits,
-        "bytes_read": before + bits_read(planes, bits) * plane,
+        "bytes_read": located.bytes_read(bits),
         "narrowed_bytes": others + sum(-(-count * bits // 8) for count in weights),
     }
 
@@ -155,8 +152,8 @@ def _session_costs(path: Path, bits: int, widths: Sequence[int], rounds: int) ->
 
 def _float_onnx(model: nn.Module, bits: int, images: np.ndarray) -> Callable[[np.ndarray], Any]:
     """The network in float32, with the weights and batch normalizations of a width, in ONNX Runtime."""
-    ort = require("onnxruntime", "runtime")
-    require("onnxscript", "onnx")
+    import onnxruntime as ort
+
     from bitswitch.export.float_graph import float_twin
 
     switch(model, bits)
@@ -199,7 +196,6 @@ def _layer_latency(
 
     A product that is several nodes, such as one of patches, is their sum. None where the profile does not tell every layer's.
     """
-    require("onnxscript", "onnx")
     import onnx
     import onnx_ir as ir
 

@@ -36,7 +36,7 @@ def export(
         path: the artifact.
         folder: where the ONNX files go: `<name>-4bit.onnx`, or by the average width of its layers
             `<name>-mixed-3.44bit.onnx`, with a number more where several have the same.
-        bits: widths; all that the file has where neither this nor `assignment` is given.
+        bits: widths; all whose planes the file holds where neither this nor `assignment` is given.
         assignment: as in `bitswitch.evaluation.evaluate_file`.
         weights: "int8", "int4" or "int2".
         additions: how a graph that is made now adds branches; see `bitswitch.export.save`.
@@ -57,8 +57,8 @@ def export(
     from bitswitch.export.onnx import Weights, export_file
     from bitswitch.runtime.source import read
 
-    header, tensors = artifact.read(path)
-    added = "graph" not in tensors
+    located, tensors, held = artifact.read_held(path)
+    header, added = located.header, "graph" not in tensors
     wanted: list[int | Mapping[str, int]] = list(bits or ())
     if assignment is not None:
         layers = [layer.name for layer in header.layers]
@@ -79,10 +79,10 @@ def export(
         raise UserError(
             f"{path} holds a graph already, with requantized additions: --exact is for a file without a graph"
         )
-    model = _model(path, network)
+    model = _model(path, network, held[0])
     made: list[dict[str, Any]] = []
     names: set[str] = set()
-    for i, one in enumerate(wanted or header.widths):
+    for i, one in enumerate(wanted or held):
         name = f"{one}bit" if isinstance(one, int) else f"mixed-{statistics.mean(one.values()):.2f}bit"
         name = f"{name}-{i}" if name in names else name
         names.add(name)
@@ -100,9 +100,9 @@ def export(
     return {"files": made, "graph_added": added, "held_against_torch": model is not None}
 
 
-def _model(path: Path, network: str | None) -> nn.Module | None:
-    """The artifact's model; None where the file names no network, or one that is not ours to import."""
+def _model(path: Path, network: str | None, bits: int) -> nn.Module | None:
+    """The artifact's model at this width and below; None where the file names no network, or one not ours to import."""
     named = artifact.read_header(path).network
     if network is None and (named is None or not is_trusted(named["name"])):
         return None
-    return load(path, model=network)
+    return load(path, bits=bits, model=network)

@@ -1,9 +1,12 @@
 import copy
 import itertools
+import json
+import random
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -18,6 +21,7 @@ from bitswitch.nn import make_transitional
 from bitswitch.nn.switch import quantized_layers
 from bitswitch.runtime import Session, executable, graph_report
 from bitswitch.runtime.source import read
+from mutate import _edit
 
 WIDTHS = (8, 6, 4, 2)
 
@@ -61,6 +65,34 @@ def test_a_mixed_assignment_runs(made):
     assert snr_db(torch_logits(model, images, mixed), session.run(images.numpy())) > 20
     session.switch({"conv3": 8})
     assert session.assignment.to_json() == mixed | {"conv3": 8}
+
+
+def test_a_file_that_is_cut_off_runs_at_the_widths_that_it_holds(made, tmp_path):
+    _, images, files = made
+    whole, path = files["requantized"].read_bytes(), tmp_path / "cut"
+    session = Session(files["requantized"])
+    layers = artifact.read_header(files["requantized"]).layers
+    plane = artifact.plane_bytes([layer.shape for layer in layers])
+    for planes, widths in ((7, (6, 4, 2)), (6, (4, 2)), (4, (2,)), (3, (2,))):
+        path.write_bytes(whole[: len(whole) - (8 - planes) * plane + plane // 2 * (planes != 3)])
+        cut = Session(path)
+        assert cut.widths == widths and cut.bits == widths[0]
+        for width in widths:
+            cut.switch(width)
+            session.switch(width)
+            assert np.array_equal(cut.run(images.numpy()), session.run(images.numpy()))
+        for refused in (8, {layers[0].name: 8}):
+            with pytest.raises(UserError, match=f"cut off before 8 bits: it serves {widths[0]} bits at most"):
+                cut.switch(refused)
+        assert cut.bits == widths[-1]
+        with pytest.raises(UserError, match="cut off before 8 bits"):
+            Session(path, bits=8)
+        with pytest.raises(UserError, match="no width 5; it has 8, 6, 4, 2"):
+            cut.switch(5)
+        assert graph_report(path) == graph_report(path, widths[0])
+    path.write_bytes(whole[: len(whole) - 5 * plane - 1])
+    with pytest.raises(UserError, match="it serves no width; fetch the rest"):
+        Session(path)
 
 
 def test_norms_of_pairs_are_those_of_the_pair(small, tmp_path):
@@ -308,6 +340,52 @@ def test_a_damaged_graph_is_refused(tmp_path, made, content):
     artifact.write(tmp_path / "a", header, tensors | {"graph": np.frombuffer(content, np.uint8)})
     with pytest.raises(UserError, match="graph is damaged"):
         Session(tmp_path / "a")
+
+
+def outcome(path, images):
+    """What became of a file whose graph somebody forged, its checksums right."""
+    try:
+        session = Session(path, threads=1)
+        for width in WIDTHS:
+            session.switch(width)
+            session.run(images.numpy())
+        graph_report(path)
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return "refused"
+    return "runs"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_graph_whose_bindings_are_forged_is_refused_in_one_line_or_runs(tmp_path, made):
+    _, images, files = made
+    header, tensors = artifact.read(files["requantized"])
+    model = onnx.load_model_from_string(tensors["graph"].tobytes())
+    (entry,) = (entry for entry in model.metadata_props if entry.key == "bitswitch")
+    honest, outcomes = entry.value, Counter()
+    for seed in range(250):
+        entry.value = json.dumps(_edit(json.loads(honest), random.Random(seed)))
+        graph = np.frombuffer(model.SerializeToString(), np.uint8)
+        artifact.write(tmp_path / "a", header, tensors | {"graph": graph})
+        outcomes[outcome(tmp_path / "a", images)] += 1
+    assert outcomes["refused"] > 100
+    entry.value = '{"a":' * 100_000
+    artifact.write(tmp_path / "a", header, tensors | {"graph": np.frombuffer(model.SerializeToString(), np.uint8)})
+    assert outcome(tmp_path / "a", images) == "refused"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_graph_of_which_bytes_are_changed_is_refused_in_one_line_or_runs(tmp_path, made):
+    _, images, files = made
+    header, tensors = artifact.read(files["requantized"])
+    outcomes = Counter()
+    for seed in range(150):
+        draw = random.Random(seed)
+        graph = tensors["graph"].copy()
+        graph[draw.randrange(len(graph))] ^= 1 << draw.randrange(8)
+        artifact.write(tmp_path / "a", header, tensors | {"graph": graph})
+        outcomes[outcome(tmp_path / "a", images)] += 1
+    assert outcomes["refused"] > 50
 
 
 def test_the_graph_is_onnx_without_weights(made):

@@ -43,6 +43,12 @@ class Located:
     header: Header
     entries: Mapping[str, Entry]
 
+    def bytes_read(self, width: int) -> int:
+        """How many bytes of the file it takes to load a width in torch: header, floats and planes, without the graph."""
+        last = plane_name(bits_read(self.header.widths[0], width) - 1)
+        graph = self.entries.get(GRAPH)
+        return self.entries[last].stop - (0 if graph is None else graph.stop - graph.start)
+
 
 def checksum(dtype: str, shape: Sequence[int], content: bytes | bytearray | memoryview) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of `["F32",[2,3]]` (type and shape) followed by the bytes."""
@@ -148,19 +154,37 @@ def read(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:
     Raises:
         UserError: there is no such file, or it is not an artifact that this package reads, or it is altered or cut off.
     """
-    located, tensors = read_part(path, lambda header: header.widths[0], graph=True)
-    return located.header, tensors
+    with opened(path) as source, _naming(path):
+        located = _locate(source, path)
+        return located.header, _read_tensors(source, located, located.header.widths[0], graph=True)
 
 
-def read_part(
-    path: str | Path, planes: Callable[[Header], int], *, graph: bool = False
-) -> tuple[Located, dict[str, np.ndarray]]:
-    """As `read`, but only so many planes: nothing else of the file is read, and it may be cut off behind them.
+def read_held(path: str | Path) -> tuple[Located, dict[str, np.ndarray], tuple[int, ...]]:
+    """As `read`, but the file may be cut off: what the widths need that it serves.
+
+    Args:
+        path: of the file, or its URL.
+
+    Returns:
+        What it holds and where; the tensors, with 0 for the bits that no width served needs; the widths served, highest first.
+
+    Raises:
+        UserError: as `read`; or it is cut off before the planes of its lowest width end.
+    """
+    with opened(path) as source, _naming(path):
+        located = _locate(source, path)
+        # Where it serves none, reading all tells so.
+        widths = _served(source, located) or located.header.widths
+        planes = bits_read(located.header.widths[0], widths[0])
+        return located, _read_tensors(source, located, planes, graph=True), widths
+
+
+def read_part(path: str | Path, planes: Callable[[Header], int]) -> tuple[Located, dict[str, np.ndarray]]:
+    """As `read`, but without the graph, and only so many planes: nothing else of the file is read.
 
     Args:
         path: of the file, or its URL.
         planes: how many, given the header; see `codes.bits_read`. The bits of the others are 0 in the codes.
-        graph: whether to read the graph, too.
 
     Raises:
         UserError: as `read`; or what is wanted is not in a file that is cut off.
@@ -168,14 +192,18 @@ def read_part(
     with opened(path) as source:
         with _naming(path):
             located = _locate(source, path)
-        header = located.header
-        count = planes(header)
-        unwanted = {plane_name(i) for i in range(count, header.widths[0])} | (set() if graph else {GRAPH})
+        count = planes(located.header)
         with _naming(path):
-            found = _read(source, located, [name for name in located.entries if name not in unwanted])
-            given = [found.pop(plane_name(i)) for i in range(count)]
-            _check(header, found)
-    return located, found | _unpack(header, given)
+            return located, _read_tensors(source, located, count, graph=False)
+
+
+def _read_tensors(source: Source, located: Located, planes: int, *, graph: bool) -> dict[str, np.ndarray]:
+    header = located.header
+    unwanted = {plane_name(i) for i in range(planes, header.widths[0])} | (set() if graph else {GRAPH})
+    found = _read(source, located, [name for name in located.entries if name not in unwanted])
+    given = [found.pop(plane_name(i)) for i in range(planes)]
+    _check(header, found)
+    return found | _unpack(header, given)
 
 
 def read_planes(located: Located, first: int, stop: int) -> dict[str, np.ndarray]:

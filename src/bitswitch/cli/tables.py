@@ -92,6 +92,8 @@ def show_file(document: dict[str, Any]) -> None:
     output.print(table)
     sizes = f"{document['code_bytes']:,} of integer codes, {document['other_bytes']:,} of other tensors"
     output.print(f"{document['bytes']:,} bytes: {sizes}", markup=False)
+    if document["held"] != document["widths"]:
+        output.print(f"cut off: it serves {document['held'][0]} bits at most", markup=False)
     output.print(f"network: {json.dumps(document['network'])}", markup=False)
     for i, choice in enumerate(document["choices"]):
         costs = ", ".join(f"{name} {value:,.6g}" for name, value in choice["cost"].items())

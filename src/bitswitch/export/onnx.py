@@ -82,7 +82,7 @@ def export_file(
     Args:
         path: the artifact.
         out: the file; written whole or not at all.
-        wanted: a width, or widths by layer over the highest; the highest where None.
+        wanted: a width, or widths by layer over the highest; the highest that the artifact holds where None.
         weights: see `export_onnx`.
         model: what the artifact loads as: the file is held against it before it is put in place.
         example_inputs: what it is called with for that; drawn from a normal distribution where None.
@@ -96,9 +96,7 @@ def export_file(
     """
     _check(weights)
     source = read(path)
-    candidates = {layer.name: source.header.widths for layer in source.header.layers}
-    highest = {name: found[0] for name, found in candidates.items()}
-    assignment = Assignment.of(highest if wanted is None else wanted, layers=highest, widths=candidates)
+    assignment = source.assignment(wanted)
     stored = ir.serde.deserialize_model(onnx.load_model_from_string(source.graph))
     graph = IntegerGraph(stored, source.bindings, source.header, source.tensors)
     content = _file(graph, assignment.to_json(), weights)

@@ -4,10 +4,18 @@ A graph holds no weights and knows no widths: its constants are named, and a `Bi
 `constants.values` computes them from an artifact's tensors. One graph so serves every assignment.
 """
 
-import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 
 from bitswitch import files
+from bitswitch.artifact import Header, tensor_name
+from bitswitch.artifact.container import strict_json
+
+_KINDS = ("conv", "sums", "branch", "either", "conv or sums", "int32", "float", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +110,9 @@ class Bindings:
         """The inverse of `to_text`.
 
         Raises:
-            ValueError, TypeError, KeyError: it is no such text.
+            ValueError, TypeError, KeyError, AttributeError: it is no such text.
         """
-        value = json.loads(text)
+        value = strict_json(text)
         products = [
             entry | {"ranges": tuple((tuple(least), tuple(greatest)) for least, greatest in entry["ranges"])}
             for entry in value["products"]
@@ -115,3 +123,57 @@ class Bindings:
             products=tuple(Product(**entry) for entry in products),
             constants=tuple(Constant(**entry) for entry in value["constants"]),
         )
+
+    def check(self, header: Header, tensors: Mapping[str, np.ndarray]) -> None:
+        """Whether the artifact has all that is named here, in the shapes that it takes.
+
+        Raises:
+            ValueError, TypeError, OverflowError: it has not.
+        """
+        layers = {layer.name: layer for layer in header.layers}
+        prefixes = [quantizer.prefix for quantizer in self.quantizers]
+        _need(self.additions in ("requantized", "exact"), f"additions {self.additions!r}")
+        for quantizer in self.quantizers:
+            _need(
+                isinstance(quantizer.prefix, str) and quantizer.layer in layers, f"a quantizer of {quantizer.layer!r}"
+            )
+            for bound in (quantizer.least, quantizer.greatest):
+                _need(bound is None or _is_finite(bound), f"a bound {bound!r}")
+        for product in self.products:
+            _need(isinstance(product.prefix, str) and product.layer in layers, f"a product of {product.layer!r}")
+            _need(product.kind in _KINDS and product.into in (None, *prefixes), f"a product of kind {product.kind!r}")
+            _need(_is_finite(product.epsilon), f"an epsilon {product.epsilon!r}")
+            channels = layers[product.layer].shape[0]
+            if product.kind in ("branch", "either"):
+                _need(len(product.ranges) == len(header.widths), f"the ranges of {product.layer!r}")
+                for least, greatest in product.ranges:
+                    whole = len(least) == len(greatest) == channels and all(map(_is_finite, (*least, *greatest)))
+                    _need(whole and all(map(float.__le__, map(float, least), map(float, greatest))), "a range")
+            if product.bias is not None:
+                _need(tensors[product.bias].shape == (channels,), f"the bias of {product.layer!r}")
+            if product.norm is not None:
+                for key in ("weight", "bias", "running_mean", "running_var"):
+                    self._check_stacked(header, tensors, tensor_name(product.norm, key), product.norm, (channels,))
+        for constant in self.constants:
+            _need(constant.tensor in tensors and isinstance(constant.dtype, str), f"a constant {constant.tensor!r}")
+            _need(np.dtype(constant.dtype).kind in "biuf", f"a constant of type {constant.dtype!r}")
+            if constant.norm is not None:
+                shape = tensors[constant.tensor].shape[1:]
+                self._check_stacked(header, tensors, constant.tensor, constant.norm, shape)
+
+    @staticmethod
+    def _check_stacked(
+        header: Header, tensors: Mapping[str, np.ndarray], name: str, norm: str, shape: tuple[int, ...]
+    ) -> None:
+        _need(norm in header.norms, f"a batch normalization {norm!r}")
+        rows = header.norm_row(norm, {layer.name: header.widths[-1] for layer in header.layers}) + 1
+        _need(name not in tensors or tensors[name].shape == (rows, *shape), f"the shape of {name!r}")
+
+
+def _need(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
+
+
+def _is_finite(number: Any) -> bool:
+    return type(number) in (int, float) and math.isfinite(number)

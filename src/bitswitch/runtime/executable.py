@@ -19,7 +19,8 @@ from bitswitch.runtime.protobuf import operations
 KEY = "bitswitch"
 # ONNX Runtime's name for "unsigned weights on x86 without VNNI": slower there, and exact.
 _PRECISION = "session.x64quantprecision"
-_ERRORS_ALONE = 3
+# Errors are raised, and would be told twice.
+_FATAL_ALONE = 4
 # It would move quantizers across poolings, whose kernels are slower for bytes than for floats; ours stand where they should.
 _PROPAGATION = "QDQPropagationTransformer"
 
@@ -65,7 +66,7 @@ class Executable:
             raise UserError(f"the network takes {len(self._names)} inputs, not {len(inputs)}")
         try:
             return self._session.run(None, dict(zip(self._names, inputs, strict=True)))
-        except _onnxruntime().capi.onnxruntime_pybind11_state.InvalidArgument as error:
+        except _refusals() as error:
             reason = " ".join(str(error).split("INVALID_ARGUMENT :")[-1].split())
             raise UserError(f"the inputs do not fit the network: {reason[:300]}") from error
 
@@ -100,9 +101,16 @@ def _session(graph: bytes, arrays: Arrays, options: Any) -> Any:
 def _options(threads: int, *, precise: bool) -> Any:
     options = _onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = _ERRORS_ALONE
+    options.log_severity_level = _FATAL_ALONE
     options.add_session_config_entry(_PRECISION, str(int(precise)))
     return options
+
+
+@functools.cache
+def _refusals() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises where it does not run: of inputs, and of a node, whose shapes it may only then compare."""
+    state = _onnxruntime().capi.onnxruntime_pybind11_state
+    return state.InvalidArgument, state.Fail, state.RuntimeException, state.NotImplemented
 
 
 def _onnxruntime() -> Any:

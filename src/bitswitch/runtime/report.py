@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitswitch.assignment import Assignment
 from bitswitch.runtime.source import read
 
 INTEGER_PRODUCTS = ("QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat")
@@ -16,7 +15,7 @@ def graph_report(path: str | Path, wanted: int | Mapping[str, int] | None = None
 
     Args:
         path: the artifact.
-        wanted: a width, or widths by layer; the highest where None.
+        wanted: a width, or widths by layer; the highest that the file holds where None.
 
     Returns:
         {"additions": "requantized" or "exact", "layers": quantized layers' products in the graph, "integer": convolutions and
@@ -27,10 +26,7 @@ def graph_report(path: str | Path, wanted: int | Mapping[str, int] | None = None
         UserError: the file cannot be used or holds no graph, or it has no such width or layer.
     """
     source = read(path)
-    widths = {layer.name: source.header.widths for layer in source.header.layers}
-    highest = {name: found[0] for name, found in widths.items()}
-    assignment = Assignment.of(highest if wanted is None else wanted, layers=highest, widths=widths)
-    counts = source.operations(assignment.to_json())
+    counts = source.operations(source.assignment(wanted).to_json())
     return {
         "additions": source.bindings.additions,
         "layers": len(source.bindings.products),

@@ -5,11 +5,9 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from bitswitch.artifact import within_budget
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError
 from bitswitch.runtime.executable import Executable
@@ -33,7 +31,7 @@ class Session:
 
     Args:
         path: an artifact that holds its graph (`bitswitch.save(..., example_inputs=x)`), or the name of one that comes with
-            the package.
+            the package. It may be cut off: then it runs at the widths that it holds.
         bits: the width to stand at; the highest where neither this nor `assignment` is given.
         assignment: widths by layer name; the other layers have the highest. Or a budget such as "avg<=4", for the best choice
             that a search wrote into the file.
@@ -58,15 +56,10 @@ class Session:
         self._source = read(path)
         self._threads = threads
         self._budget = memory
-        self._widths = {layer.name: self._source.header.widths for layer in self._source.header.layers}
-        highest = {name: widths[0] for name, widths in self._widths.items()}
-        self._uniform = {
-            width: Assignment.of(width, layers=highest, widths=self._widths) for width in self._source.header.widths
-        }
+        self._uniform = {width: self._source.assignment(width) for width in self._source.widths}
         self._kept: OrderedDict[Assignment, _Ready] = OrderedDict()
         self._lock = threading.Lock()
-        wanted = self._named(assignment) if bits is None else bits
-        start = Assignment.of(highest if wanted is None else wanted, layers=highest, widths=self._widths)
+        start = self._source.assignment(assignment if bits is None else bits)
         # One reference, read once by a run, set once by a switch: no thread ever sees half a switch.
         self._current = self._ready(start)
 
@@ -95,7 +88,7 @@ class Session:
         with self._lock:
             assignment = None if isinstance(wanted, (Mapping, str)) else self._uniform.get(wanted)
             if assignment is None:
-                assignment = Assignment.of(self._named(wanted), layers=self.assignment.to_json(), widths=self._widths)
+                assignment = self._source.assignment(wanted, self.assignment.to_json())
             self._current = self._ready(assignment)
 
     @property
@@ -110,8 +103,8 @@ class Session:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The widths that every layer can have, highest first."""
-        return self._source.header.widths
+        """The widths that every layer can have, highest first; of a file that is cut off, those whose planes it holds."""
+        return self._source.widths
 
     @property
     def additions(self) -> str:
@@ -132,12 +125,6 @@ class Session:
         """
         with self._lock:
             return self._source.nbytes + self._kept_bytes()
-
-    def _named(self, wanted: Any) -> Any:
-        """The widths of the choice where a budget is asked for; else what was asked for."""
-        if not isinstance(wanted, str):
-            return wanted
-        return within_budget(self._source.header.frontier, wanted)["assignment"]
 
     def _kept_bytes(self) -> int:
         return sum(ready.executable.nbytes for ready in self._kept.values())

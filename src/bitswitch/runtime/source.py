@@ -1,14 +1,16 @@
 """What a session reads of an artifact: the one place that knows how its file is laid out."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from bitswitch import artifact
-from bitswitch.artifact import Header
+from bitswitch.artifact import Header, within_budget
+from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError
 from bitswitch.runtime.bindings import Bindings
 from bitswitch.runtime.constants import Arrays, may_saturate, values
@@ -23,12 +25,16 @@ class Source:
     """An artifact's integers and parameters, its graph, and what the graph leaves open.
 
     Attributes:
+        path: of the artifact.
+        widths: those whose planes it holds, highest first: all of its header's, but where it is cut off.
         header: of the artifact.
         tensors: by name.
         graph: ONNX without numbers.
         bindings: the numbers that it wants.
     """
 
+    path: str
+    widths: tuple[int, ...]
     header: Header
     tensors: Mapping[str, np.ndarray]
     graph: bytes
@@ -39,30 +45,78 @@ class Source:
         """Bytes of tensors and graph."""
         return sum(tensor.nbytes for tensor in self.tensors.values()) + len(self.graph)
 
+    def assignment(
+        self, wanted: int | Mapping[str, int] | str | None, over: Mapping[str, int] | None = None
+    ) -> Assignment:
+        """The width of every layer that results when `wanted` is laid over `over`.
+
+        Args:
+            wanted: a width; widths by layer; a budget such as "avg<=4"; None for the highest that is held.
+            over: widths of all layers; the highest where None.
+
+        Raises:
+            UserError: there is no such width, layer or choice, or the file is cut off before it.
+        """
+        if isinstance(wanted, str):
+            wanted = dict(within_budget(self.header.frontier, wanted)["assignment"])
+        candidates = {layer.name: self.header.widths for layer in self.header.layers}
+        over = over or dict.fromkeys(candidates, self.widths[0])
+        found = Assignment.of(self.widths[0] if wanted is None else wanted, layers=over, widths=candidates)
+        highest = max(found.values())
+        if highest > self.widths[0]:
+            raise UserError(
+                f"{self.path} is cut off before {highest} bits: it serves {self.widths[0]} bits at most; fetch the rest"
+            )
+        return found
+
     def arrays(self, assignment: Mapping[str, int]) -> Arrays:
         """The graph's constants at an assignment, by name."""
         return values(self.bindings, self.header, self.tensors, assignment)
 
     def executable(self, assignment: Mapping[str, int], *, threads: int = 0, profile: bool = False) -> Executable:
-        """The graph at an assignment, ready to run."""
+        """The graph at an assignment, ready to run.
+
+        Raises:
+            UserError: ONNX Runtime does not open the graph.
+        """
         arrays = self.arrays(assignment)
         saturates = may_saturate(self.bindings, self.header, arrays, assignment)
-        return Executable(self.graph, arrays, may_saturate=saturates, threads=threads, profile=profile)
+        with self._opening():
+            return Executable(self.graph, arrays, may_saturate=saturates, threads=threads, profile=profile)
 
     def operations(self, assignment: Mapping[str, int]) -> Counter[str]:
-        """How many operations of each type the graph has at an assignment when it is ready to run."""
+        """How many operations of each type the graph has at an assignment when it is ready to run.
+
+        Raises:
+            UserError: ONNX Runtime does not open the graph.
+        """
         arrays = self.arrays(assignment)
         saturates = may_saturate(self.bindings, self.header, arrays, assignment)
-        return fused_operations(self.graph, arrays, may_saturate=saturates)
+        with self._opening():
+            return fused_operations(self.graph, arrays, may_saturate=saturates)
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            # ONNX Runtime has a class of its own for every kind of refusal.
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{self.path} cannot be run: this ONNX Runtime does not open its graph ({reason}); save it again"
+            ) from error
 
 
 def read(path: str | Path) -> Source:
     """Read an artifact.
 
     Raises:
-        UserError: there is no such file, it is not an unaltered artifact that this package reads, or it holds no graph.
+        UserError: there is no such file, it is not an unaltered artifact that this package reads, it is cut off before its
+            lowest width, or it holds no graph.
     """
-    header, tensors = artifact.read(path)
+    located, tensors, widths = artifact.read_held(path)
     if GRAPH not in tensors:
         raise UserError(
             f"{path} holds no graph to run: where torch is, `bitswitch export {path}` adds it, or "
@@ -71,6 +125,7 @@ def read(path: str | Path) -> Source:
     graph = tensors.pop(GRAPH).tobytes()
     try:
         bindings = Bindings.from_text(metadata(graph)[KEY])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        bindings.check(located.header, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} cannot be used: its graph is damaged or of another version; save it again") from error
-    return Source(header, tensors, graph, bindings)
+    return Source(str(path), widths, located.header, tensors, graph, bindings)
