@@ -105,6 +105,21 @@ def test_loads_without_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["train", "--help"], ["version"], ["recipes", "show", "digits"], ["inspect", "resnet20-cifar10"]],
+)
+def test_commands_that_compute_nothing_do_not_wait_for_torch(words):
+    code = (
+        "import sys\nfrom bitswitch.start import main\n"
+        f"try: sys.argv.extend({words!r}); main()\n"
+        "except SystemExit as ended: assert not ended.code, ended.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
 def test_a_name_that_needs_torch_says_so():
     code = (
         "import sys; sys.modules['torch'] = None\nimport bitswitch\n"

@@ -1,7 +1,7 @@
 """Evaluation of an artifact, a run's checkpoint or anybody's float weights on any data."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from bitswitch.artifact import check_choice, within_budget
 from bitswitch.assignment import Assignment
 from bitswitch.data import DataSet, Preprocessing, load_data
 from bitswitch.data.cache import Cache, default_folder
+from bitswitch.data.dataset import Batch
 from bitswitch.errors import UserError
 from bitswitch.export import load
 from bitswitch.machine import machine
@@ -63,6 +64,7 @@ def evaluate_file(
     world: World | None = None,
     recalibration_images: int = 0,
     confusion: bool = False,
+    shown: Callable[[Iterator[Batch], int], Iterable[Batch]] = lambda batches, count: batches,
 ) -> dict[str, Any]:
     """Score a file at every width asked for, each batch visited once.
 
@@ -79,6 +81,7 @@ def evaluate_file(
         world: the ranks that share the images.
         recalibration_images: estimate batch normalization statistics anew from so many training images, at each width.
         confusion: add a matrix [class, predicted class] of counts to every result.
+        shown: passes on the batches of a pass over the data, of which there are so many, and shows how far it is.
 
     Returns:
         {"results": [{"bits", "assignment", "top1", "top5", "top1_interval", "loss", "images", "split", "data"}],
@@ -115,7 +118,7 @@ def evaluate_file(
         predictions: list[Tensor] = []
         scores = evaluate(
             model,
-            batches,
+            shown(batches, -(-data.size(split) // (_BATCH * world.size))),
             [wanted[i].precision for i in some],
             world=world,
             classes=len(data.classes),

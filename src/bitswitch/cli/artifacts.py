@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bitswitch import artifact, evaluation, pipeline
-from bitswitch.cli.console import emit, output
+from bitswitch import artifact
+from bitswitch.cli.console import emit, output, tracked
 from bitswitch.cli.tables import score_table, show_bench, show_exported, show_file
 from bitswitch.cli.words import (
     Bits,
@@ -44,6 +44,8 @@ def evaluate(
     out: Report = None,
 ) -> None:
     """Accuracy of an artifact, or of a checkpoint, at every width."""
+    from bitswitch import evaluation
+
     if split not in ("test", "val"):
         raise UserError(f"--split {split}: use test or val")
     with ranks(device) as (world, place):
@@ -58,6 +60,7 @@ def evaluate(
             world=world,
             recalibration_images=recalibrate,
             confusion=confusion,
+            shown=lambda batches, count: tracked("evaluate", batches, count, silent=not world.first),
         )
     if not world.first:
         return
@@ -76,11 +79,13 @@ def inspect(
     out: Report = None,
 ) -> None:
     """What is in an artifact: widths, layers, sizes, provenance."""
-    header, tensors = artifact.read(file)
+    located, tensors, held = artifact.read_held(file)
+    header = located.header
     document = {
         "file": str(file),
         "bytes": file.stat().st_size,
         "widths": list(header.widths),
+        "held": list(held),
         "network": header.network,
         "preprocessing": header.preprocessing,
         "classes": header.classes,
@@ -103,7 +108,7 @@ def inspect(
         require("onnxruntime", "runtime")
         from bitswitch.runtime import graph_report
 
-        document["graph"] = {str(width): graph_report(file, width) for width in header.widths}
+        document["graph"] = {str(width): graph_report(file, width) for width in held}
     emit(document, json_, lambda: show_file(document), out and out / "inspect.json")
 
 
@@ -131,7 +136,7 @@ def export(
     """ONNX files of an artifact, one a precision; the artifact gets its graph, for the session without torch."""
     require("onnxscript", "onnx")
     require("onnxruntime", "runtime")
-    from bitswitch import deployment
+    from bitswitch import deployment, pipeline
 
     path, images = artifact.located(file), None
     # Nothing is written into the package.

@@ -5,14 +5,16 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 
 from bitswitch import files
+
+Part = TypeVar("Part")
 
 errors = Console(stderr=True, soft_wrap=True, highlight=False)
 output = Console(soft_wrap=True, highlight=False)
@@ -37,6 +39,12 @@ class TerminalReporter:
         with Progress(*columns, TextColumn("{task.fields[text]}"), console=errors, disable=hidden) as bar:
             task = bar.add_task(stage, total=steps, completed=done, text="")
             yield lambda text: bar.update(task, advance=1, text=text)
+
+
+def tracked(what: str, parts: Iterable[Part], count: int, *, silent: bool) -> Iterable[Part]:
+    """The parts of some work, with a progress bar on stderr while they are taken; none where that is not a terminal."""
+    hidden = silent or not errors.is_terminal
+    return track(parts, what, total=count, console=errors, disable=hidden, transient=True)
 
 
 def emit(document: dict[str, Any], as_json: bool, show: Callable[[], None], file: Path | None = None) -> None:

@@ -1,4 +1,7 @@
-"""The program: its commands, and how it exits."""
+"""The program: its commands, and how it exits.
+
+What imports torch, which takes seconds, is imported by the commands that compute: help comes at once.
+"""
 
 import signal
 import sys
@@ -13,7 +16,6 @@ from bitswitch.cli.console import emit, errors, output
 from bitswitch.cli.words import Device, Json, Overrides, RecipeName, Report, Seed
 from bitswitch.config import load_recipe, recipe_names, to_yaml
 from bitswitch.errors import UserError
-from bitswitch.training import distributed
 from bitswitch.version import __version__
 
 # The base of every complaint about the words of a command; typer carries its own copy of click or takes it from outside.
@@ -88,10 +90,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.close()
         code = 0
     except RuntimeError as error:
-        code = _fault() if not distributed.is_lost_peer(error) else _fail("another process ended: see what it said")
+        code = _fail("another process ended: see what it said") if _is_lost_peer(error) else _fault()
     except Exception:
         code = _fault()
     sys.exit(code)
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    from bitswitch.training import distributed
+
+    return distributed.is_lost_peer(error)
 
 
 def _fault() -> int:

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitswitch import files, pipeline
+from bitswitch import files
 from bitswitch.cli.console import TerminalReporter, emit, stdout_kept_clean
 from bitswitch.cli.tables import show_run
 from bitswitch.cli.words import Device, Fresh, Json, Out, Overrides, RecipeName, Seed, TensorBoard, ranks
 from bitswitch.config import load_recipe
 from bitswitch.errors import require
 from bitswitch.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from bitswitch.pipeline import Run
 
 COMMANDS: dict[str, tuple[list[str] | None, str]] = {
     "run": (None, "Every stage of a recipe in order; takes up where it stopped."),
@@ -36,6 +39,8 @@ def command_of(stages: Sequence[str] | None) -> Callable[..., None]:
         fresh: Fresh = False,
         tensorboard: TensorBoard = False,
     ) -> None:
+        from bitswitch import pipeline
+
         if tensorboard:
             require("tensorboard", "tensorboard")
         config = load_recipe(recipe, overrides or [], seed=seed)
@@ -60,7 +65,7 @@ def command_of(stages: Sequence[str] | None) -> Callable[..., None]:
     return command
 
 
-def _document(run: pipeline.Run, records: dict[str, Any]) -> dict[str, Any]:
+def _document(run: "Run", records: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for stage in ("pretrain", "train", "supernet"):
         for bits, score in records.get(stage, {"result": {}})["result"].items():

@@ -4,15 +4,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
-from bitswitch import pipeline
 from bitswitch.artifact import located
 from bitswitch.errors import UserError
-from bitswitch.training import distributed
+
+if TYPE_CHECKING:
+    import torch
+
+    from bitswitch.training.distributed import World
 
 RecipeName = Annotated[str, typer.Argument(help="A built-in recipe, or the path of a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ..., the values as YAML.")]
@@ -41,8 +43,11 @@ Report = Annotated[Path | None, typer.Option("--out", help="Also write the JSON 
 
 
 @contextlib.contextmanager
-def ranks(device: str) -> Iterator[tuple[distributed.World, torch.device]]:
+def ranks(device: str) -> Iterator["tuple[World, torch.device]"]:
     """This process among those that torchrun started, and its device."""
+    from bitswitch import pipeline
+    from bitswitch.training import distributed
+
     place = pipeline.choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     world = distributed.join(place.type)
     try:
