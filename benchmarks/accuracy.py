@@ -58,6 +58,15 @@ PAPER = ("train.scale_form=raw", "train.alrs=printed", "train.eta=paper")
 RIVALS = ("lsq", "adabits", "bit_mixer", "per_width")
 TAUGHT = ("train.distillation.teacher=float",)
 TAUGHT_DRAWN_2 = (*TAUGHT, "train.forwards=2", "train.scale_lr=2e-3")
+TAUGHT_ALONE = (*TAUGHT_DRAWN_2, "train.distillation.weight=1")
+# What else might help, each by itself on top of ours.
+BESIDE = {
+    "hot": "train.distillation.temperature=3",
+    "lr-1e-3": "train.lr=1e-3",
+    "ema": "train.ema=0.999",
+    "per-channel": "train.per_channel=true",
+    "centred": "train.method=centred",
+}
 VARIANTS: dict[str, tuple[str, ...]] = {
     "ours": (),
     "drawn-2": ("train.forwards=2",),
@@ -71,13 +80,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "raw-alrs-off": ("train.scale_form=raw", "train.alrs=off"),
     "kd-float": TAUGHT,
     "kd-float-drawn-2-scale-lr-2e-3": TAUGHT_DRAWN_2,
-    "kd-float-drawn-2-scale-lr-2e-3-lr-1e-3": (*TAUGHT_DRAWN_2, "train.lr=1e-3"),
     "kd-float-drawn-2-scale-lr-2e-3-batch-64": (*TAUGHT_DRAWN_2, "train.batch_size=64"),
-    "kd-float-alone-drawn-2-scale-lr-2e-3": (*TAUGHT_DRAWN_2, "train.distillation.weight=1"),
-    "kd-float-alone-hot-drawn-2-scale-lr-2e-3": (
-        *(*TAUGHT_DRAWN_2, "train.distillation.weight=1"),
-        "train.distillation.temperature=3",
-    ),
     "kd-highest": ("train.distillation.teacher=highest",),
     "per-channel": ("train.per_channel=true",),
     "accumulate": ("train.order=accumulate",),
@@ -85,13 +88,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     **{method.replace("_", "-"): (f"train.method={method}",) for method in RIVALS},
     **{f"lsq-{bits}-alone": ("train.method=lsq", f"bits=[{bits}]") for bits in (8, 4, 2)},
 }
-# The screens of what else might help had half of the loss from the teacher; then all of it proved the better.
+# The first screens of a teacher had half of the loss from it; then all of it proved the better.
 _HALF = "kd-float-drawn-2-scale-lr-2e-3"
 OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
+VARIANTS |= {OURS: TAUGHT_ALONE} | {f"{OURS}-{name}": (*TAUGHT_ALONE, override) for name, override in BESIDE.items()}
 VARIANTS |= {f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for variant in ("paper", "lsq", OURS)}
 _SCREENED = (
     *("ours", "paper", "drawn-2", f"drawn-2{TWICE}", "kd-float", "scale-lr-2e-3", _HALF + TWICE, OURS + TWICE),
-    *(f"{_HALF}-batch-64{TWICE}", f"{_HALF}-lr-1e-3{TWICE}", f"kd-float-alone-hot-drawn-2-scale-lr-2e-3{TWICE}"),
+    *(f"{_HALF}-batch-64{TWICE}", *(f"{OURS}-{name}{TWICE}" for name in BESIDE)),
     *("lsq", "centred", "kd-highest", "per-channel", "accumulate", "alrs-off", "raw", "eta-paper", "raw-eta-paper"),
     *("raw-alrs-off", "lr-1e-3"),
 )

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bitswitch as bs
 from bitswitch.errors import UserError
@@ -22,7 +23,11 @@ class Stream:
             yield (x * torch.nan if (epoch, step) == self.poison else x), torch.arange(len(x)) % 5
 
 
-def loop(model, path, stream, epochs, joint=True, order="each"):
+def average_of(model, decay):
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def loop(model, path, stream, epochs, joint=True, order="each", averaged=None):
     objective = (
         JointObjective(model, bs.MultiPrecisionOptimizer(model), order)
         if joint
@@ -36,15 +41,19 @@ def loop(model, path, stream, epochs, joint=True, order="each"):
         extra={},
         on_step=lambda: None,
         on_epoch=lambda *_: None,
+        averaged=averaged,
     )
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, images, joint):
+@pytest.mark.parametrize(("joint", "averages"), [(False, False), (True, False), (True, True)])
+def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, images, joint, averages):
+    def averaged(model):
+        return average_of(model, 0.7) if averages else None
+
     model = quantized if joint else network
     other = copy.deepcopy(model)
     torch.manual_seed(3)
-    loop(model, tmp_path / "a", Stream(images), 4, joint).run()
+    loop(model, tmp_path / "a", Stream(images), 4, joint, averaged=averaged(model)).run()
 
     class Killed(Exception):
         pass
@@ -59,13 +68,36 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, 
     torch.manual_seed(3)
     twin = copy.deepcopy(other)
     with pytest.raises(Killed):
-        loop(twin, tmp_path / "b", Dies(images), 4, joint).run()
+        loop(twin, tmp_path / "b", Dies(images), 4, joint, averaged=averaged(twin)).run()
     torch.manual_seed(99)
-    again = loop(other, tmp_path / "b", Stream(images), 4, joint)
+    again = loop(other, tmp_path / "b", Stream(images), 4, joint, averaged=averaged(other))
     assert again.resume() == 2
     again.run()
     for (name, p), (_, q) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_the_result_is_the_moving_average_where_there_is_one(tmp_path, quantized, images):
+    """e <- 0.7 e + 0.3 p after every step, from the first step's p, of parameters and statistics; here in float64."""
+    expected: dict[str, torch.Tensor] = {}
+
+    def follow():
+        for name, tensor in quantized.state_dict().items():
+            now = tensor.double()
+            expected[name] = now if name not in expected else 0.7 * expected[name] + 0.3 * now
+
+    run = loop(quantized, tmp_path / "a", Stream(images), 3, averaged=average_of(quantized, 0.7))
+    run.on_step = follow
+    watched = []
+    run.on_epoch = lambda *_: watched.append(copy.deepcopy(run.result.state_dict()))
+    assert run.result is not quantized
+    run.run()
+    moved = copy.deepcopy(quantized.state_dict())
+    for name, tensor in load_checkpoint(tmp_path / "a")["model"].items():
+        assert torch.equal(tensor, moved[name]) and torch.equal(tensor, watched[-1][name])
+        if tensor.is_floating_point():
+            assert torch.allclose(tensor.double(), expected[name], rtol=1e-5, atol=1e-7), name
+    assert any(not torch.equal(watched[0][name], watched[-1][name]) for name in moved)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, quantized, images):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bitswitch.config import PretrainPart, QuantizedPart
 from bitswitch.data import DataSet
@@ -36,7 +37,7 @@ def train_loop(
     pace = _Pace(part.batch_size)
 
     def on_epoch(epoch: int, losses: dict[str, float]) -> None:
-        scores = scores_on(run, objective.model, data, "val", precisions) if data.size("val") else None
+        scores = scores_on(run, loop.result, data, "val", precisions) if data.size("val") else None
         rows = []
         for i, precision in enumerate(precisions):
             row = {"stage": stage, "epoch": epoch, **named(precision), "split": "val"}
@@ -59,6 +60,7 @@ def train_loop(
         on_epoch=on_epoch,
         seed=run.recipe.seed,
         world=world,
+        averaged=_averaged(objective.model, part),
     )
     done = loop.resume()
     if world.first:
@@ -66,6 +68,12 @@ def train_loop(
         _tell_resumed(run, stage, done, part.epochs)
     with run.reporter.progress(stage, part.epochs * len(batches), done * len(batches)) as advance:
         loop.run()
+
+
+def _averaged(model: nn.Module, part: PretrainPart | QuantizedPart) -> AveragedModel | None:
+    if isinstance(part, PretrainPart) or part.ema is None:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(part.ema), use_buffers=True)
 
 
 def training_batches(run: Run, data: DataSet, batch_size: int) -> Batches:
