@@ -42,7 +42,7 @@ def bench(path: Path, *, network: str | None = None, rounds: int = 10) -> dict[s
         UserError: the file cannot be used, or does not say of what shape its input is.
     """
     located, tensors, widths = artifact.read_held(path)
-    graph = "graph" in tensors
+    graph = artifact.GRAPH in tensors
     if graph:
         require("onnxruntime", "runtime")
         require("onnxscript", "onnx")
@@ -82,7 +82,7 @@ def bench(path: Path, *, network: str | None = None, rounds: int = 10) -> dict[s
 
 def _sizes(located: artifact.Located, tensors: Mapping[str, np.ndarray], bits: int) -> dict[str, Any]:
     weights = [int(np.prod(layer.shape)) for layer in located.header.layers]
-    others = sum(t.nbytes for name, t in tensors.items() if not name.endswith(".codes") and name != "graph")
+    others = sum(t.nbytes for name, t in tensors.items() if not name.endswith(".codes") and name != artifact.GRAPH)
     return {
         "bits": bits,
         "bytes_read": located.bytes_read(bits),
@@ -200,7 +200,6 @@ def _layer_latency(
     import onnx_ir as ir
 
     from bitswitch.export.decide import decide
-    from bitswitch.runtime.constants import may_saturate
     from bitswitch.runtime.executable import Executable
     from bitswitch.runtime.source import read
 
@@ -224,7 +223,7 @@ def _layer_latency(
         executable = Executable(
             ir.serde.serialize_model(model).SerializeToString(),
             {name: array for name, array in arrays.items() if name in used},
-            may_saturate=may_saturate(source.bindings, source.header, arrays, assignment),
+            may_saturate=source.may_saturate(arrays, assignment),
             threads=1,
             profile=True,
         )

@@ -45,20 +45,20 @@ def export(
         network: its name where the file does not tell, or names the user's own code.
 
     Returns:
-        {"files": [{"file", "bits", "assignment", "bytes"}], "graph_added": whether the artifact was written anew,
-        "held_against_torch": whether every file was held against the artifact's model in torch before it was put in place,
-        which takes a network that can be loaded}.
+        {"files": [{"file", "bits", "assignment", "bytes", "weights": as asked for, or "int8" where no layer is so narrow}],
+        "graph_added": whether the artifact was written anew, "held_against_torch": whether every file was held against the
+        artifact's model in torch before it was put in place, which takes a network that can be loaded}.
 
     Raises:
         UserError: an extra is not installed; the file, precision or data cannot be used; a file cannot be written.
     """
     require("onnxscript", "onnx")
     require("onnxruntime", "runtime")
-    from bitswitch.export.onnx import Weights, export_file
+    from bitswitch.export.onnx import WEIGHT_BITS, Weights, export_file
     from bitswitch.runtime.source import read
 
     located, tensors, held = artifact.read_held(path)
-    header, added = located.header, "graph" not in tensors
+    header, added = located.header, artifact.GRAPH not in tensors
     wanted: list[int | Mapping[str, int]] = list(bits or ())
     if assignment is not None:
         layers = [layer.name for layer in header.layers]
@@ -96,6 +96,7 @@ def export(
             example_inputs=images,
         )
         row = {"file": str(file), "bits": used.uniform, "assignment": None, "bytes": file.stat().st_size}
+        row |= {"weights": weights if min(used.values()) <= WEIGHT_BITS[weights] else "int8"}
         made.append(row if isinstance(one, int) else row | {"assignment": used.to_json()})
     return {"files": made, "graph_added": added, "held_against_torch": model is not None}
 

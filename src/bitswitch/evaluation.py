@@ -22,7 +22,9 @@ from bitswitch.models import build, is_trusted, load_weights
 from bitswitch.nn import Plan, apply, quantized_layers
 from bitswitch.training import Score, World, evaluate, load_checkpoint, recalibrate
 from bitswitch.training.distributed import from_first
+from bitswitch.training.evaluate import PrecisionChoice
 
+Shown = Callable[[Iterator[Batch], int], Iterable[Batch]]
 _BATCH = 256
 # So many SubNets are scored in one pass over the data; their predictions are kept before the next pass.
 _AT_ONCE = 32
@@ -52,6 +54,18 @@ class _Subject:
     frontier: tuple[Mapping[str, Any], ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How to score; see `evaluate_file`."""
+
+    split: str
+    device: torch.device
+    world: World
+    recalibration_images: int
+    confusion: bool
+    shown: Shown
+
+
 def evaluate_file(
     path: str | Path,
     *,
@@ -64,7 +78,7 @@ def evaluate_file(
     world: World | None = None,
     recalibration_images: int = 0,
     confusion: bool = False,
-    shown: Callable[[Iterator[Batch], int], Iterable[Batch]] = lambda batches, count: batches,
+    shown: Shown = lambda batches, count: batches,
 ) -> dict[str, Any]:
     """Score a file at every width asked for, each batch visited once.
 
@@ -99,38 +113,20 @@ def evaluate_file(
         raise UserError(f"{path} does not say what data it is for: give them with --data")
     data = _data(path, name, subject)
     model, world = subject.model.to(device), world or World()
+    plan = _Plan(
+        split=split,
+        device=device,
+        world=world,
+        recalibration_images=recalibration_images,
+        confusion=confusion,
+        shown=shown,
+    )
     keys = {}
     if len(wanted) > 1 and not confusion:
         views = f"{recalibration_images} augmented" if recalibration_images else ""
         about = [files.file_digest(path), data.fingerprint(), split, views, device.type]
         keys = {i: _key(about, one.precision) for i, one in enumerate(wanted) if one.choice is not None}
-    scored = _kept(keys, world)
-    matrices: dict[int, Tensor] = {}
-    # With statistics estimated anew, which mixtures share, each precision has a pass of its own.
-    at_once = 1 if recalibration_images else _AT_ONCE
-    left = [i for i in range(len(wanted)) if i not in scored]
-    for start in range(0, len(left), at_once):
-        some = left[start : start + at_once]
-        if recalibration_images:
-            recalibrate(model, training_views(data, recalibration_images, device), wanted[some[0]].precision)
-        batches = data.evaluation_batches(split, batch_size=_BATCH, device=device, rank=world.rank, world=world.size)
-        counts: list[Tensor] = []
-        predictions: list[Tensor] = []
-        scores = evaluate(
-            model,
-            shown(batches, -(-data.size(split) // (_BATCH * world.size))),
-            [wanted[i].precision for i in some],
-            world=world,
-            classes=len(data.classes),
-            confusion=counts if confusion else None,
-            predictions=predictions,
-        )
-        scored |= dict(zip(some, map(dataclasses.asdict, scores), strict=True))
-        matrices |= dict(zip(some, counts, strict=False))
-        if world.first:
-            for i, predicted in zip(some, predictions, strict=True):
-                if i in keys:
-                    Cache(default_folder()).write(keys[i], {"predicted": predicted}, scored[i])
+    scored, matrices = _scores(model, data, [one.precision for one in wanted], keys, plan)
     results = []
     for i, one in enumerate(wanted):
         row = {**one.names(), **scored[i], "split": split, "data": name}
@@ -140,6 +136,51 @@ def evaluate_file(
     if recalibration_images:
         provenance["recalibration_images"] = recalibration_images
     return {"results": results, "provenance": provenance}
+
+
+def _scores(
+    model: nn.Module, data: DataSet, precisions: Sequence[PrecisionChoice], keys: Mapping[int, str], plan: _Plan
+) -> tuple[dict[int, dict[str, Any]], dict[int, Tensor]]:
+    """The score of every precision by its place, and its confusion matrix where one is asked for.
+
+    Args:
+        model: on the device.
+        data: to score it on.
+        precisions: to score it at.
+        keys: {place: under what its predictions are kept, and are found if an earlier evaluation kept them}.
+        plan: how.
+    """
+    device, world, images = plan.device, plan.world, plan.recalibration_images
+    scored = _kept(keys, world)
+    matrices: dict[int, Tensor] = {}
+    # With statistics estimated anew, which mixtures share, each precision has a pass of its own.
+    at_once = 1 if images else _AT_ONCE
+    left = [i for i in range(len(precisions)) if i not in scored]
+    for start in range(0, len(left), at_once):
+        some = left[start : start + at_once]
+        if images:
+            recalibrate(model, training_views(data, images, device), precisions[some[0]])
+        batches = data.evaluation_batches(
+            plan.split, batch_size=_BATCH, device=device, rank=world.rank, world=world.size
+        )
+        counts: list[Tensor] = []
+        predictions: list[Tensor] = []
+        scores = evaluate(
+            model,
+            plan.shown(batches, -(-data.size(plan.split) // (_BATCH * world.size))),
+            [precisions[i] for i in some],
+            world=world,
+            classes=len(data.classes),
+            confusion=counts if plan.confusion else None,
+            predictions=predictions,
+        )
+        scored |= dict(zip(some, map(dataclasses.asdict, scores), strict=True))
+        matrices |= dict(zip(some, counts, strict=False))
+        if world.first:
+            for i, predicted in zip(some, predictions, strict=True):
+                if i in keys:
+                    Cache(default_folder()).write(keys[i], {"predicted": predicted}, scored[i])
+    return scored, matrices
 
 
 def _key(about: Sequence[str], precision: Any) -> str:

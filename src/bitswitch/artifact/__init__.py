@@ -1,6 +1,7 @@
 """The file: header, bit planes, tensors, read and write. NumPy and safetensors alone."""
 
 from bitswitch.artifact.file import (
+    GRAPH,
     Located,
     graph_of,
     is_artifact,
@@ -18,6 +19,7 @@ from bitswitch.artifact.planes import plane_bytes
 from bitswitch.artifact.shipped import located, shipped
 
 __all__ = [
+    "GRAPH",
     "Header",
     "LayerEntry",
     "Located",

@@ -25,6 +25,7 @@ from bitswitch.artifact.source import Damaged, Source, opened
 from bitswitch.codes import MOST_BITS, bits_read, signed_range
 from bitswitch.errors import UserError
 
+# The tensor that holds the network's graph.
 GRAPH = "graph"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -20,11 +20,11 @@ from bitswitch.cli.words import (
     Report,
     Seed,
     ranks,
+    run_directory,
     widths_of,
 )
 from bitswitch.config import load_recipe, recipe_names
 from bitswitch.errors import UserError, nearest, require
-from bitswitch.rundir import RunDirectory
 
 
 def evaluate(
@@ -148,7 +148,7 @@ def export(
                 f"there is no file {file}, and no recipe of that name (bitswitch recipes lists them){known}"
             )
         recipe = load_recipe(file, overrides or [], seed=seed)
-        directory = RunDirectory(out or Path("runs") / path.stem)
+        directory = run_directory(out, file)
         path = directory.supernet if directory.supernet.is_file() else directory.artifact
         if not path.is_file():
             raise UserError(f"stage train is not done in {directory.path}: bitswitch run {file} does it")

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 from bitswitch import files
 from bitswitch.cli.console import TerminalReporter, emit, stdout_kept_clean
 from bitswitch.cli.tables import show_run
-from bitswitch.cli.words import Device, Fresh, Json, Out, Overrides, RecipeName, Seed, TensorBoard, ranks
+from bitswitch.cli.words import Device, Fresh, Json, Out, Overrides, RecipeName, Seed, TensorBoard, ranks, run_directory
 from bitswitch.config import load_recipe
 from bitswitch.errors import require
-from bitswitch.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from bitswitch.pipeline import Run
@@ -44,13 +43,12 @@ def command_of(stages: Sequence[str] | None) -> Callable[..., None]:
         if tensorboard:
             require("tensorboard", "tensorboard")
         config = load_recipe(recipe, overrides or [], seed=seed)
-        name = Path(recipe).stem
         wanted = pipeline.stages_of(config) if stages is None else stages
         with ranks(device) as (world, place):
             run = pipeline.Run(
-                name=name,
+                name=Path(recipe).stem,
                 recipe=config,
-                directory=RunDirectory(out or Path("runs") / name),
+                directory=run_directory(out, recipe),
                 device=place,
                 reporter=TerminalReporter(silent=not world.first),
                 world=world,

@@ -114,7 +114,7 @@ def show_exported(path: Path, document: dict[str, Any]) -> None:
     if not document["held_against_torch"]:
         errors.print("not held against torch: the file does not name its network (--model)", markup=False)
     for row in document["files"]:
-        output.print(f"{row['file']}: {row['bytes']:,} bytes", markup=False)
+        output.print(f"{row['file']}: {row['bytes']:,} bytes, {row['weights']} weights", markup=False)
 
 
 def show_bench(document: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from bitswitch.artifact import located
 from bitswitch.errors import UserError
+from bitswitch.rundir import RunDirectory
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,11 @@ def ranks(device: str) -> Iterator["tuple[World, torch.device]"]:
         yield world, place
     finally:
         distributed.leave()
+
+
+def run_directory(out: Path | None, recipe: str) -> RunDirectory:
+    """The folder of --out, or that of a recipe where it is not given."""
+    return RunDirectory(out or Path("runs") / Path(recipe).stem)
 
 
 def widths_of(text: str | None) -> list[int] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitswitch import artifact
-from bitswitch.artifact import tensor_name
+from bitswitch.artifact import GRAPH, tensor_name
 from bitswitch.assignment import Assignment
 from bitswitch.codes import bits_read
 from bitswitch.errors import UserError
@@ -20,8 +20,6 @@ from bitswitch.export.tensors import fill, tensors_of
 from bitswitch.models import build, is_trusted
 from bitswitch.nn import Plan, QuantizedLayer, apply, plan_of, quantized_layers, switch
 
-# The tensor that holds the network's graph.
-GRAPH = "graph"
 Additions = Literal["requantized", "exact"]
 
 

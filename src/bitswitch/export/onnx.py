@@ -21,7 +21,7 @@ from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
 
 Weights = Literal["int8", "int4", "int2"]
-_BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
+WEIGHT_BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
 _PACKED = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
 # How many inputs are drawn to hold a file against its model.
 _DRAWN_INPUTS = 8
@@ -136,7 +136,7 @@ def _check(weights: str) -> None:
 
 def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) -> bytes:
     """The file's content: the graph with its numbers in it."""
-    bits = _BITS[weights]
+    bits = WEIGHT_BITS[weights]
     arrays = graph.arrays(assignment, filled=lambda width: width > bits or bits == 8)
     packed = {
         f"{product.prefix}.{key}"

@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from bitswitch import artifact
-from bitswitch.artifact import Header, within_budget
+from bitswitch.artifact import GRAPH, Header, within_budget
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError
 from bitswitch.runtime.bindings import Bindings
 from bitswitch.runtime.constants import Arrays, may_saturate, values
 from bitswitch.runtime.executable import KEY, Executable, fused_operations
 from bitswitch.runtime.protobuf import metadata
-
-GRAPH = "graph"
 
 
 @dataclass(frozen=True)
@@ -73,16 +71,19 @@ class Source:
         """The graph's constants at an assignment, by name."""
         return values(self.bindings, self.header, self.tensors, assignment)
 
-    def executable(self, assignment: Mapping[str, int], *, threads: int = 0, profile: bool = False) -> Executable:
+    def may_saturate(self, arrays: Arrays, assignment: Mapping[str, int]) -> bool:
+        """Whether sums of two products can exceed 16 bits with these constants; see `constants.may_saturate`."""
+        return may_saturate(self.bindings, self.header, arrays, assignment)
+
+    def executable(self, assignment: Mapping[str, int], *, threads: int = 0) -> Executable:
         """The graph at an assignment, ready to run.
 
         Raises:
             UserError: ONNX Runtime does not open the graph.
         """
         arrays = self.arrays(assignment)
-        saturates = may_saturate(self.bindings, self.header, arrays, assignment)
         with self._opening():
-            return Executable(self.graph, arrays, may_saturate=saturates, threads=threads, profile=profile)
+            return Executable(self.graph, arrays, may_saturate=self.may_saturate(arrays, assignment), threads=threads)
 
     def operations(self, assignment: Mapping[str, int]) -> Counter[str]:
         """How many operations of each type the graph has at an assignment when it is ready to run.
@@ -91,9 +92,8 @@ class Source:
             UserError: ONNX Runtime does not open the graph.
         """
         arrays = self.arrays(assignment)
-        saturates = may_saturate(self.bindings, self.header, arrays, assignment)
         with self._opening():
-            return fused_operations(self.graph, arrays, may_saturate=saturates)
+            return fused_operations(self.graph, arrays, may_saturate=self.may_saturate(arrays, assignment))
 
     @contextmanager
     def _opening(self) -> Iterator[None]:
