@@ -19,7 +19,8 @@ def file(tmp_path):
     network = {"name": "cifar_resnet8", "args": {"in_channels": 1}}
     model = bs.quantize(build(**network), bits=(8, 2), example_inputs=images)
     path = tmp_path / "m.safetensors"
-    bs.save(model.eval(), path, network=network, preprocessing={"shape": [1, 8, 8]}, example_inputs=images)
+    preprocessing = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.5], "resize": None, "crop": None}
+    bs.save(model.eval(), path, network=network, preprocessing=preprocessing, example_inputs=images)
     return path
 
 
@@ -66,6 +67,15 @@ def test_a_file_that_is_cut_off_is_inspected_measured_and_exported_at_the_widths
     status, out, err = call(capsys, "export", file, "--out", tmp_path / "onnx", "--json")
     assert status == 0, err
     assert [row["bits"] for row in json.loads(out)["files"]] == [2]
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps({row["name"]: 2 for row in document["layers"][:1]}))
+    for command in (["export", file, "--out", tmp_path / "more"], ["evaluate", file, "--data", "digits"]):
+        status, out, err = call(capsys, *command, "--assignment", one, "--json")
+        assert status == 0 and set(
+            json.loads(out).get("files", json.loads(out).get("results"))[0]["assignment"].values()
+        ) == {2}, err
+    status, out, err = call(capsys, "export", file, "--out", tmp_path / "none", "--bits", "2,8")
+    assert status == 2 and not (tmp_path / "none").exists()
     status, out, err = call(capsys, "export", file, "--out", tmp_path / "onnx", "--bits", 8)
     assert status == 2 and "cut off before 8 bits: it serves 2 bits at most" in err and err.count("\n") == 1
 

@@ -120,6 +120,15 @@ def test_commands_that_compute_nothing_do_not_wait_for_torch(words):
     assert done.returncode == 0 and done.stdout, done.stderr
 
 
+def test_files_where_a_command_is_typed_are_not_taken_for_libraries(tmp_path):
+    for name in ("torch", "queue", "statistics", "typer"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('run in the place of a library')")
+    command = Path(sys.executable).parent / "bitswitch"
+    words = ["evaluate", "resnet20-cifar10", "--data", "nowhere"]
+    done = subprocess.run([command, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "nowhere" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_a_name_that_needs_torch_says_so():
     code = (
         "import sys; sys.modules['torch'] = None\nimport bitswitch\n"

@@ -54,7 +54,7 @@ def export(
     """
     require("onnxscript", "onnx")
     require("onnxruntime", "runtime")
-    from bitswitch.export.onnx import WEIGHT_BITS, Weights, export_file
+    from bitswitch.export.onnx import Weights, export_file, packed_products
     from bitswitch.runtime.source import read
 
     located, tensors, held = artifact.read_held(path)
@@ -62,7 +62,7 @@ def export(
     wanted: list[int | Mapping[str, int]] = list(bits or ())
     if assignment is not None:
         layers = [layer.name for layer in header.layers]
-        named = assignments_named(assignment, layers, header.widths, header.frontier)
+        named = assignments_named(assignment, layers, header.widths, header.frontier, held[0])
         wanted += [one.precision for one in named if isinstance(one.precision, Mapping)]
     for width in bits or ():
         if width not in header.widths:
@@ -75,10 +75,14 @@ def export(
         before = files.file_digest(path)
         add_graph(path, images, model=network, additions=additions)
         RunDirectory(path.parent).replaced(path.name, before)
-    elif additions == "exact" and read(path).bindings.additions != "exact":
+    source = read(path)
+    if not added and additions == "exact" and source.bindings.additions != "exact":
         raise UserError(
             f"{path} holds a graph already, with requantized additions: --exact is for a file without a graph"
         )
+    for one in wanted:
+        # What the file is cut off before is told before anything is written.
+        source.assignment(one)
     model = _model(path, network, held[0])
     made: list[dict[str, Any]] = []
     names: set[str] = set()
@@ -96,7 +100,7 @@ def export(
             example_inputs=images,
         )
         row = {"file": str(file), "bits": used.uniform, "assignment": None, "bytes": file.stat().st_size}
-        row |= {"weights": weights if min(used.values()) <= WEIGHT_BITS[weights] else "int8"}
+        row |= {"weights": weights if packed_products(source.bindings, used, weights) else "int8"}  # type: ignore[arg-type]
         made.append(row if isinstance(one, int) else row | {"assignment": used.to_json()})
     return {"files": made, "graph_added": added, "held_against_torch": model is not None}
 

@@ -250,7 +250,8 @@ def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> _
     try:
         about, plan = state["about"], Plan.from_json(state["plan"]) if "plan" in state else None
         known = {key: about[key] for key in ("network", "preprocessing", "classes", "data", "data_config")}
-        weights = dict(state["model"])
+        # Before the last epoch the average, which scores on val are of, is beside the network in training.
+        weights = dict(state.get("averaged", state["model"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a whole checkpoint of a stage ({error!r})") from error
     name = network or about["network"]["name"]
@@ -295,13 +296,19 @@ def _wanted(path: str | Path, subject: _Subject, bits: Sequence[int] | None, ass
     for width in bits or ():
         if width not in subject.widths:
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, subject.widths))}")
-    layers = list(quantized_layers(subject.model))
-    mixed = [] if assignment is None else assignments_named(assignment, layers, subject.widths, subject.frontier)
-    return [*map(Wanted, bits or (() if mixed else subject.held or subject.widths)), *mixed]
+    held, mixed = subject.held or subject.widths, []
+    if assignment is not None:
+        layers = list(quantized_layers(subject.model))
+        mixed = assignments_named(assignment, layers, subject.widths, subject.frontier, held[0])
+    return [*map(Wanted, bits or (() if mixed else held)), *mixed]
 
 
 def assignments_named(
-    text: str, layers: Sequence[str], widths: Sequence[int], frontier: Sequence[Mapping[str, Any]]
+    text: str,
+    layers: Sequence[str],
+    widths: Sequence[int],
+    frontier: Sequence[Mapping[str, Any]],
+    rest: int,
 ) -> list[Wanted]:
     """What `--assignment` names: see `evaluate_file`.
 
@@ -310,6 +317,7 @@ def assignments_named(
         layers: of the network that are quantized.
         widths: that they can have, highest first.
         frontier: of the artifact.
+        rest: the width of layers that a JSON file of widths does not name.
 
     Raises:
         UserError: there is no such file or choice, or it is of another network.
@@ -324,7 +332,7 @@ def assignments_named(
             raise UserError(f"--assignment {text}: {file} has no choices to number; leave #{number} out")
         one = Assignment.from_json(found)
         candidates = dict.fromkeys(layers, tuple(widths))
-        return [Wanted(Assignment.of(one, layers=dict.fromkeys(layers, widths[0]), widths=candidates))]
+        return [Wanted(Assignment.of(one, layers=dict.fromkeys(layers, rest), widths=candidates))]
     try:
         choices = [check_choice(choice, layers, widths) for choice in found["choices"]]
     except (TypeError, UserError) as error:

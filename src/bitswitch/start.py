@@ -1,4 +1,4 @@
-"""The entry of the command: it takes seconds to import torch, and an interruption may come then."""
+"""The entry of the command: an interruption may come while it is imported."""
 
 import sys
 from typing import NoReturn

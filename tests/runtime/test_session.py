@@ -87,8 +87,9 @@ def test_a_file_that_is_cut_off_runs_at_the_widths_that_it_holds(made, tmp_path)
         assert cut.bits == widths[-1]
         with pytest.raises(UserError, match="cut off before 8 bits"):
             Session(path, bits=8)
-        with pytest.raises(UserError, match="no width 5; it has 8, 6, 4, 2"):
-            cut.switch(5)
+        for wrong in (5, None):
+            with pytest.raises(UserError, match=f"no width {wrong}; it has 8, 6, 4, 2"):
+                cut.switch(wrong)
         assert graph_report(path) == graph_report(path, widths[0])
     path.write_bytes(whole[: len(whole) - 5 * plane - 1])
     with pytest.raises(UserError, match="it serves no width; fetch the rest"):

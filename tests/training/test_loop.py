@@ -3,11 +3,18 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bitswitch as bs
 from bitswitch.errors import UserError
-from bitswitch.training import FloatObjective, JointObjective, Loop, evaluate, load_checkpoint, save_checkpoint
+from bitswitch.training import (
+    FloatObjective,
+    JointObjective,
+    Loop,
+    MovingAverage,
+    evaluate,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 class Stream:
@@ -21,10 +28,6 @@ class Stream:
         for step in range(3):
             x = self.images + 0.01 * torch.randn(1)  # moves with the global generator, as dropout would
             yield (x * torch.nan if (epoch, step) == self.poison else x), torch.arange(len(x)) % 5
-
-
-def average_of(model, decay):
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def loop(model, path, stream, epochs, joint=True, order="each", averaged=None):
@@ -48,7 +51,7 @@ def loop(model, path, stream, epochs, joint=True, order="each", averaged=None):
 @pytest.mark.parametrize(("joint", "averages"), [(False, False), (True, False), (True, True)])
 def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, images, joint, averages):
     def averaged(model):
-        return average_of(model, 0.7) if averages else None
+        return MovingAverage(model, 0.7) if averages else None
 
     model = quantized if joint else network
     other = copy.deepcopy(model)
@@ -78,15 +81,15 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, 
 
 
 def test_the_result_is_the_moving_average_where_there_is_one(tmp_path, quantized, images):
-    """e <- 0.7 e + 0.3 p after every step, from the first step's p, of parameters and statistics; here in float64."""
-    expected: dict[str, torch.Tensor] = {}
+    """e <- 0.7 e + 0.3 p after every step, from the p of before the first, of parameters and statistics; here in float64."""
+    expected = {name: tensor.double() for name, tensor in quantized.state_dict().items()}
 
     def follow():
         for name, tensor in quantized.state_dict().items():
             now = tensor.double()
-            expected[name] = now if name not in expected else 0.7 * expected[name] + 0.3 * now
+            expected[name] = 0.7 * expected[name] + 0.3 * now
 
-    run = loop(quantized, tmp_path / "a", Stream(images), 3, averaged=average_of(quantized, 0.7))
+    run = loop(quantized, tmp_path / "a", Stream(images), 3, averaged=MovingAverage(quantized, 0.7))
     run.on_step = follow
     watched = []
     run.on_epoch = lambda *_: watched.append(copy.deepcopy(run.result.state_dict()))
@@ -98,6 +101,21 @@ def test_the_result_is_the_moving_average_where_there_is_one(tmp_path, quantized
         if tensor.is_floating_point():
             assert torch.allclose(tensor.double(), expected[name], rtol=1e-5, atol=1e-7), name
     assert any(not torch.equal(watched[0][name], watched[-1][name]) for name in moved)
+
+
+def test_what_is_no_statistic_is_not_averaged():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 170))
+    model.register_buffer("index", torch.arange(170))
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    averages = [MovingAverage(model, decay) for decay in (0.9, 0.9999)]
+    for _ in range(3):
+        model(torch.randn(4, 3))
+        for average in averages:
+            average.update()
+    for average in averages:
+        assert torch.equal(average.model.index, model.index) and torch.equal(average.model.mask, model.mask)
+        assert average.model[0].num_batches_tracked == 3
+        assert not torch.equal(average.model[0].running_mean, model[0].running_mean)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, quantized, images):

@@ -69,8 +69,9 @@ def version(json_: Json = False) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line. Exit 0: done; 2: the user's mistake, told in one line; 1: our fault; 130: interrupted."""
-    # A user's own package.module:function is looked for where the command is typed, as python -m does.
-    sys.path.insert(0, "")
+    # A user's own package.module:function is looked for where the command is typed; after all else, since a file there that is
+    # named as a library is would be run in its place.
+    sys.path.append("")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         # What a command returns is None; a number comes from typer, for --help or an interruption.

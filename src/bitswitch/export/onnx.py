@@ -17,11 +17,12 @@ from bitswitch.export.branches import standard_sums
 from bitswitch.export.decide import decide
 from bitswitch.export.graph import IntegerGraph, hold_against, integer_graph
 from bitswitch.nn import widths
+from bitswitch.runtime.bindings import Bindings, Product
 from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
 
 Weights = Literal["int8", "int4", "int2"]
-WEIGHT_BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
+_BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
 _PACKED = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
 # How many inputs are drawn to hold a file against its model.
 _DRAWN_INPUTS = 8
@@ -96,7 +97,7 @@ def export_file(
     """
     _check(weights)
     source = read(path)
-    assignment = source.assignment(wanted)
+    assignment = source.assignment(source.widths[0] if wanted is None else wanted)
     stored = ir.serde.deserialize_model(onnx.load_model_from_string(source.graph))
     graph = IntegerGraph(stored, source.bindings, source.header, source.tensors)
     content = _file(graph, assignment.to_json(), weights)
@@ -134,17 +135,19 @@ def _check(weights: str) -> None:
         raise UserError(f"weights={weights!r}{nearest(str(weights), get_args(Weights))}; use int8, int4 or int2")
 
 
+def packed_products(bindings: Bindings, assignment: Mapping[str, int], weights: Weights) -> list[Product]:
+    """The products whose weights a file packs into fewer bits than 8."""
+    bits = _BITS[weights]
+    return [p for p in bindings.products if bits < 8 and assignment[p.layer] <= bits and p.kind != "int32"]
+
+
 def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) -> bytes:
     """The file's content: the graph with its numbers in it."""
-    bits = WEIGHT_BITS[weights]
+    bits = _BITS[weights]
     arrays = graph.arrays(assignment, filled=lambda width: width > bits or bits == 8)
-    packed = {
-        f"{product.prefix}.{key}"
-        for product in graph.bindings.products
-        for key in ("codes", "zero")
-        if bits < 8 and assignment[product.layer] <= bits and product.kind != "int32"
-    }
-    if any(f"{product.prefix}.codes" in packed and product.kind == "sums" for product in graph.bindings.products):
+    products = packed_products(graph.bindings, assignment, weights)
+    packed = {f"{product.prefix}.{key}" for product in products for key in ("codes", "zero")}
+    if any(product.kind == "sums" for product in products):
         # They are products of matrices of patches, and ONNX Runtime shapes no packed weights into a matrix.
         raise UserError(f"weights={weights!r}: the stored graph keeps exact sums, for int8 weights alone; use int8")
     decide(graph.model.graph, arrays)

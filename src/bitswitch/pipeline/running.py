@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bitswitch.config import PretrainPart, QuantizedPart
 from bitswitch.data import DataSet
 from bitswitch.pipeline.run import Run
-from bitswitch.training import Loop, Objective, ScaleGradients, evaluate, load_checkpoint
+from bitswitch.training import Loop, MovingAverage, Objective, ScaleGradients, evaluate, load_checkpoint
 from bitswitch.training.evaluate import PrecisionChoice
 from bitswitch.training.loop import Batches
 
@@ -70,10 +69,10 @@ def train_loop(
         loop.run()
 
 
-def _averaged(model: nn.Module, part: PretrainPart | QuantizedPart) -> AveragedModel | None:
+def _averaged(model: nn.Module, part: PretrainPart | QuantizedPart) -> MovingAverage | None:
     if isinstance(part, PretrainPart) or part.ema is None:
         return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(part.ema), use_buffers=True)
+    return MovingAverage(model, part.ema)
 
 
 def training_batches(run: Run, data: DataSet, batch_size: int) -> Batches:

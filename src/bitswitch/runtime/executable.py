@@ -66,9 +66,13 @@ class Executable:
             raise UserError(f"the network takes {len(self._names)} inputs, not {len(inputs)}")
         try:
             return self._session.run(None, dict(zip(self._names, inputs, strict=True)))
-        except _refusals() as error:
+        except _state().InvalidArgument as error:
             reason = " ".join(str(error).split("INVALID_ARGUMENT :")[-1].split())
             raise UserError(f"the inputs do not fit the network: {reason[:300]}") from error
+        except (_state().Fail, _state().RuntimeException, _state().NotImplemented) as error:
+            # Of a node, whose shapes it may only now compare, or which lacks memory.
+            reason = " ".join(str(error).split())
+            raise UserError(f"ONNX Runtime cannot run the network on these inputs: {reason[:500]}") from error
 
     def profiled(self, inputs: Sequence[np.ndarray], rounds: int) -> list[tuple[str, float]]:
         """(node, milliseconds) of every node of every run but a first one; once, where made with `profile`."""
@@ -106,11 +110,9 @@ def _options(threads: int, *, precise: bool) -> Any:
     return options
 
 
-@functools.cache
-def _refusals() -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises where it does not run: of inputs, and of a node, whose shapes it may only then compare."""
-    state = _onnxruntime().capi.onnxruntime_pybind11_state
-    return state.InvalidArgument, state.Fail, state.RuntimeException, state.NotImplemented
+def _state() -> Any:
+    """Where ONNX Runtime has its exceptions."""
+    return _onnxruntime().capi.onnxruntime_pybind11_state
 
 
 def _onnxruntime() -> Any:

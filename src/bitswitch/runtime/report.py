@@ -26,7 +26,7 @@ def graph_report(path: str | Path, wanted: int | Mapping[str, int] | None = None
         UserError: the file cannot be used or holds no graph, or it has no such width or layer.
     """
     source = read(path)
-    counts = source.operations(source.assignment(wanted).to_json())
+    counts = source.operations(source.assignment(source.widths[0] if wanted is None else wanted).to_json())
     return {
         "additions": source.bindings.additions,
         "layers": len(source.bindings.products),

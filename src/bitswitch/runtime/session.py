@@ -59,7 +59,8 @@ class Session:
         self._uniform = {width: self._source.assignment(width) for width in self._source.widths}
         self._kept: OrderedDict[Assignment, _Ready] = OrderedDict()
         self._lock = threading.Lock()
-        start = self._source.assignment(assignment if bits is None else bits)
+        wanted = assignment if bits is None else bits
+        start = self._source.assignment(self._source.widths[0] if wanted is None else wanted)
         # One reference, read once by a run, set once by a switch: no thread ever sees half a switch.
         self._current = self._ready(start)
 

@@ -43,14 +43,12 @@ class Source:
         """Bytes of tensors and graph."""
         return sum(tensor.nbytes for tensor in self.tensors.values()) + len(self.graph)
 
-    def assignment(
-        self, wanted: int | Mapping[str, int] | str | None, over: Mapping[str, int] | None = None
-    ) -> Assignment:
+    def assignment(self, wanted: int | Mapping[str, int] | str, over: Mapping[str, int] | None = None) -> Assignment:
         """The width of every layer that results when `wanted` is laid over `over`.
 
         Args:
-            wanted: a width; widths by layer; a budget such as "avg<=4"; None for the highest that is held.
-            over: widths of all layers; the highest where None.
+            wanted: a width; widths by layer; a budget such as "avg<=4".
+            over: widths of all layers; the highest that is held where None.
 
         Raises:
             UserError: there is no such width, layer or choice, or the file is cut off before it.
@@ -59,7 +57,7 @@ class Source:
             wanted = dict(within_budget(self.header.frontier, wanted)["assignment"])
         candidates = {layer.name: self.header.widths for layer in self.header.layers}
         over = over or dict.fromkeys(candidates, self.widths[0])
-        found = Assignment.of(self.widths[0] if wanted is None else wanted, layers=over, widths=candidates)
+        found = Assignment.of(wanted, layers=over, widths=candidates)
         highest = max(found.values())
         if highest > self.widths[0]:
             raise UserError(
@@ -99,7 +97,7 @@ class Source:
     def _opening(self) -> Iterator[None]:
         try:
             yield
-        except UserError:
+        except (UserError, MemoryError, ImportError):
             raise
         except Exception as error:
             # ONNX Runtime has a class of its own for every kind of refusal.

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from bitswitch.errors import UserError
+from bitswitch.training.average import MovingAverage
 from bitswitch.training.checkpoints import load_checkpoint, save_checkpoint
 from bitswitch.training.distributed import World, average, broadcast_buffers
 from bitswitch.training.objectives import Objective
@@ -66,13 +66,13 @@ class Loop:
     on_epoch: Callable[[int, dict[str, float]], None]
     seed: int = 0
     world: World = field(default_factory=World)
-    averaged: AveragedModel | None = None
+    averaged: MovingAverage | None = None
     epochs_done: int = 0
 
     @property
     def result(self) -> nn.Module:
         """The network that training ends with: the average where there is one."""
-        return self.objective.model if self.averaged is None else self.averaged.module
+        return self.objective.model if self.averaged is None else self.averaged.model
 
     def resume(self) -> int:
         """Take up the checkpoint where there is one; how many epochs are done.
@@ -89,7 +89,7 @@ class Loop:
                 self.objective.model.load_state_dict(state["model"])
                 self.objective.load_state_dict(state["optimizers"])
                 if self.averaged is not None:
-                    self.averaged.load_state_dict(state["averaged"])
+                    self.averaged.model.load_state_dict(state["averaged"])
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
@@ -114,11 +114,11 @@ class Loop:
             # Where batch statistics are not shared, every rank has its own running ones: rank 0's are those that are kept.
             broadcast_buffers(self.objective.model, self.world)
             if self.averaged is not None:
-                broadcast_buffers(self.averaged, self.world)
+                broadcast_buffers(self.averaged.model, self.world)
             self.on_epoch(self.epochs_done, dict(zip(self.objective.names, losses, strict=True)))
             self.epochs_done += 1
             if self.averaged is not None and self.epochs_done == self.epochs:
-                self.objective.model.load_state_dict(self.averaged.module.state_dict())
+                self.objective.model.load_state_dict(self.averaged.model.state_dict())
             self._save()
         if not self.checkpoint.exists():
             # No epochs were asked for: what the network started with is the result.
@@ -132,7 +132,7 @@ class Loop:
             number = epoch * steps + step
             seen.append(self.objective.step(x, y, cosine(number, self.epochs * steps), number))
             if self.averaged is not None:
-                self.averaged.update_parameters(self.objective.model)
+                self.averaged.update()
             self.on_step()
             if len(seen) == _LOOK_EVERY or step == steps - 1:
                 window = average(torch.stack(seen).double(), self.world).cpu()
@@ -167,5 +167,5 @@ class Loop:
             **self.extra,
         }
         if self.averaged is not None:
-            state["averaged"] = self.averaged.state_dict()
+            state["averaged"] = self.averaged.model.state_dict()
         save_checkpoint(self.checkpoint, state)
