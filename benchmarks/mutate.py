@@ -3,10 +3,10 @@
     python benchmarks/mutate.py --files 100000 --json results/mutations.json
 
 Each file is a small artifact with one kind of damage, drawn from the seed. It is read whole, and where it was cut off at every
-width. What may happen: it is refused (a UserError of one line), or header and tensors are the same. A header that was
-forged, its digest made anew, may also describe another artifact that is whole in itself. All else is a failure: other tensors,
-another exception, more than a second of the processor, memory beyond a limit of the process, an import or a command run by
-the reader (an audit hook counts them).
+width, and as far as it goes. What may happen: it is refused (a UserError of one line), or header and tensors are the same. A
+header that was forged, its digest made anew, may also describe another artifact that is whole in itself. All else is a failure:
+other tensors, another exception, more than a second of the processor, memory beyond a limit of the process, an import or a
+command run by the reader (an audit hook counts them).
 """
 
 import argparse
@@ -278,21 +278,22 @@ def outcome(base: Base, path: Path, kind: str, size: int) -> str:
             told = "another artifact" if kind == "header forged" else "FAILED: other tensors"
     if kind != "cut off":
         return told
-    served = 0
+    high = base.header.widths[0]
+    served = tuple(width for width in base.header.widths if base.ends[bits_read(high, width) - 1] <= size)
+    held, found = attempt(lambda: artifact.read_held(path))
+    if held not in (None, "refused") or (() if held else found[2]) != served:
+        return f"FAILED: {served} bits of a file cut off after {size} bytes: {held}"
+    whole = {} if held else found[1]
     for width in base.header.widths:
-        high = base.header.widths[0]
         planes = bits_read(high, width)
         part, found = attempt(lambda planes=planes: artifact.read_part(path, lambda _: planes))
-        if (part is None) != (base.ends[planes - 1] <= size):
+        if part not in (None, "refused") or (part is None) != (width in served):
             return f"FAILED: {width} bits of a file cut off after {size} bytes: {part}"
-        if part is None:
-            served += 1
+        for tensors in (found[1], whole) if part is None else ():
             for layer in base.header.layers:
                 name = artifact.tensor_name(layer.name, "codes")
-                if not np.array_equal(narrow(found[1][name], high, width), narrow(base.tensors[name], high, width)):
+                if not np.array_equal(narrow(tensors[name], high, width), narrow(base.tensors[name], high, width)):
                     return f"FAILED: other codes at {width} bits"
-        elif part != "refused":
-            return part
     return f"{told}, {'some widths' if served else 'no width'} served"
 
 
