@@ -137,7 +137,7 @@ def test_two_processes_cannot_work_in_one_directory(capsys, copied):
     [
         (["run", "digit"], ["no recipe is named 'digit'", "did you mean 'digits'"]),
         (["run", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
-        (["run", "digits", "train.epoch=3"], ["unknown key 'train.epoch'", "did you mean 'epochs'"]),
+        (["run", "digits", "train.epoch=3"], ["unknown key 'train.epoch'", "did you mean 'train.epochs'"]),
         (["run", "digits", "epochs=3"], ["unknown key 'epochs'", "pretrain.epochs or train.epochs or supernet.epochs"]),
         (["run", "digits", "train=5"], ["train=5: give its keys, such as train.precision=..."]),
         (["search", "digits", "search.budgets=[]"], ["give at least one budget"]),

@@ -298,7 +298,8 @@ def _first(error: ValidationError, value: Any) -> str:
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         elsewhere = [f"{part}.{key}" for part in _PARTS if key in _known_keys([part])]
-        hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest(location[-1], known)
+        near = nearest(location[-1], known).replace("'", f"'{key.removesuffix(location[-1])}", 1)
+        hint = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else near
         return f"unknown key {key!r}{hint}; known here: {', '.join(known)}"
     if first["type"] == "missing":
         return f"key {key!r} is missing"
