@@ -31,6 +31,7 @@ from bitswitch import files
 from bitswitch.artifact import Header
 from bitswitch.data import DataSet, Preprocessing, load_data
 from bitswitch.models.weights import read_weights
+from bitswitch.training import load_checkpoint
 
 RECIPE = "cifar10-resnet20"
 DATA = "CIFAR-10, JPEG-compressed (quality 75)"
@@ -241,7 +242,6 @@ def _quantized(run: Path, schedule: Schedule, variant: str, seed: int, places: P
         bits: {split: score | {"drop": started[split]["top1"] - score["top1"]} for split, score in by_split.items()}
         for bits, by_split in _finals(rows, schedule.splits).items()
     }
-    artifact = run / "model.safetensors"
     return {
         "split": ", ".join(schedule.splits),
         "epochs": len(next(iter(_curves(rows).values()))["top1"]),
@@ -256,11 +256,19 @@ def _quantized(run: Path, schedule: Schedule, variant: str, seed: int, places: P
         "data_sha256": base["data_sha256"],
         "started_from": {"name": weights.name, "sha256": files.file_digest(weights)},
         "bits": [int(bits) for bits in final],
-        "artifact_bytes": artifact.stat().st_size if artifact.exists() else None,
+        "stored_bytes": _stored_bytes(run),
         "final": final,
         "curves": _curves(rows),
         **_scales(run),
     }
+
+
+def _stored_bytes(run: Path) -> int:
+    """Of the artifact; of a way of training that has none, of the float weights, scales and statistics that it keeps."""
+    artifact = run / "model.safetensors"
+    if artifact.exists():
+        return artifact.stat().st_size
+    return sum(tensor.nbytes for tensor in load_checkpoint(run / "checkpoints" / "train.pt")["model"].values())
 
 
 def _fingerprint(run: Path) -> str:

@@ -35,6 +35,7 @@ def training(variant, seed, *, top1, drop, schedule="decide", bits=(8, 2), epoch
         "changed": [f"train.alrs={variant}"],
         "epochs": epochs,
         "bits": list(bits),
+        "stored_bytes": 123_456,
         "final": {str(b): dict.fromkeys(splits, score) for b in bits},
         "curves": {str(b): {"top1": [top1 - 1, top1][:epochs]} for b in bits},
         "means_over_layers": {str(b): {name: [0.001, 0.25] for name in (*QUANTITIES, "gradient_norm")} for b in bits},
@@ -50,7 +51,8 @@ def test_seeds_become_their_mean_and_spread_and_the_best_comes_first():
     on_val, on_test, curves, scales = accuracy_tables(runs)
     assert on_val.startswith("**decide, 2 epochs, bits 8, 2: on val**") and "on test" in on_test
     better, worse = (line for line in on_test.splitlines() if line.startswith(("| better", "| worse")))
-    assert "| 0, 1 | 88.50 ± 0.71 | 88.50 ± 0.71 | 1.50 ± 0.71 |" in better and "| 0 | 85.00 | 85.00 | 5.00 |" in worse
+    assert "| 0, 1 | 123 | 88.50 ± 0.71 | 88.50 ± 0.71 | 1.50 ± 0.71 |" in better
+    assert "| 0 | 123 | 85.00 | 85.00 | 5.00 |" in worse
     assert on_test.index(better) < on_test.index(worse)
     assert "JPEG" in on_test and "abcdef012345" in on_test and "2 threads" in on_test
     assert "| better | 2 | 87.50 | 88.50 |" in curves and "0.001 → 0.25" in scales
@@ -139,7 +141,8 @@ def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
     assert set(base["final"]["float"]) == {"val", "test"} and len(base["curves"]["float"]["top1"]) == 2
 
     assert screen["started_from"] == base["weights"] and screen["changed"] == ["train.scale_form=raw"]
-    assert screen["artifact_bytes"] > 0 and decide["artifact_bytes"] is None
+    artifact = places.work / "screen-raw-seed0" / "model.safetensors"
+    assert screen["stored_bytes"] == artifact.stat().st_size < decide["stored_bytes"] / 2
     assert '"test"' not in (places.results / "screen-raw-seed0.json").read_text()
     for document, splits in ((screen, {"val"}), (decide, {"val", "test"})):
         for width in ("8", "6", "4", "2"):

@@ -77,7 +77,8 @@ def _float_table(results: Sequence[_Result]) -> str:
 
 
 def _final_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int], split: str) -> str:
-    head = ["variant", "what differs", "seeds", *(f"{b} bits" for b in bits), *(f"{b}: below float" for b in bits)]
+    drops = (f"{b}: below float" for b in bits)
+    head = ["variant", "what differs", "seeds", "stores, kB", *(f"{b} bits" for b in bits), *drops]
     rows = []
     for runs in variants:
         scores = [
@@ -88,11 +89,17 @@ def _final_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequen
                 runs[0]["variant"],
                 ", ".join(f"`{word}`" for word in runs[0]["changed"]) or "nothing",
                 ", ".join(str(run["seeds"][0]) for run in runs),
+                f"{_stored_bytes(runs[0]) / 1e3:,.0f}",
                 *(_mean([score["top1"] for score in one]) for one in scores),
                 *(_mean([score["drop"] for score in one]) for one in scores),
             ]
         )
     return _table(title, head, rows, [run for runs in variants for run in runs])
+
+
+def _stored_bytes(run: _Result) -> int:
+    # Older files name what an artifact has, and none of them is of a training without one.
+    return int(run.get("stored_bytes") or run["artifact_bytes"])
 
 
 def _curve_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int]) -> str:
