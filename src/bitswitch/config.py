@@ -71,7 +71,8 @@ class DistillationPart(_Part):
 class QuantizedPart(EnginePart):
     """What joint and SuperNet training share: two Adams, cosine schedule, ALRS, distillation.
 
-    With `ema`, the result is the exponential moving average of parameters and statistics over steps, of this decay."""
+    With `ema`, the result is the exponential moving average of parameters and statistics over steps, of this decay
+    (less in the first steps; see `bitswitch.training.MovingAverage`)."""
 
     distillation: DistillationPart = DistillationPart()
     epochs: int = Field(200, ge=1)

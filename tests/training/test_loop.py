@@ -81,15 +81,18 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, 
 
 
 def test_the_result_is_the_moving_average_where_there_is_one(tmp_path, quantized, images):
-    """e <- 0.7 e + 0.3 p after every step, from the p of before the first, of parameters and statistics; here in float64."""
+    """e <- d e + (1 - d) p after every step, from the p of before the first, of parameters and statistics; here in float64."""
     expected = {name: tensor.double() for name, tensor in quantized.state_dict().items()}
+    followed: list[float] = []
 
     def follow():
+        decay = min(0.2, [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 9 / 18][len(followed)])
+        followed.append(decay)
         for name, tensor in quantized.state_dict().items():
             now = tensor.double()
-            expected[name] = 0.7 * expected[name] + 0.3 * now
+            expected[name] = decay * expected[name] + (1 - decay) * now
 
-    run = loop(quantized, tmp_path / "a", Stream(images), 3, averaged=MovingAverage(quantized, 0.7))
+    run = loop(quantized, tmp_path / "a", Stream(images), 3, averaged=MovingAverage(quantized, 0.2))
     run.on_step = follow
     watched = []
     run.on_epoch = lambda *_: watched.append(copy.deepcopy(run.result.state_dict()))
@@ -100,6 +103,7 @@ def test_the_result_is_the_moving_average_where_there_is_one(tmp_path, quantized
         assert torch.equal(tensor, moved[name]) and torch.equal(tensor, watched[-1][name])
         if tensor.is_floating_point():
             assert torch.allclose(tensor.double(), expected[name], rtol=1e-5, atol=1e-7), name
+    assert len(followed) == 9 and followed[0] < followed[-1] == 0.2
     assert any(not torch.equal(watched[0][name], watched[-1][name]) for name in moved)
 
 
@@ -108,10 +112,10 @@ def test_what_is_no_statistic_is_not_averaged():
     model.register_buffer("index", torch.arange(170))
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
     averages = [MovingAverage(model, decay) for decay in (0.9, 0.9999)]
-    for _ in range(3):
+    for step in range(3):
         model(torch.randn(4, 3))
         for average in averages:
-            average.update()
+            average.update(step)
     for average in averages:
         assert torch.equal(average.model.index, model.index) and torch.equal(average.model.mask, model.mask)
         assert average.model[0].num_batches_tracked == 3

@@ -9,11 +9,13 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 class MovingAverage:
-    """`a <- decay a + (1 - decay) p` after every step, of parameters and statistics of batch normalization; the rest is copied.
+    """`a <- d a + (1 - d) p` after every step, of parameters and statistics of batch normalization; the rest is copied.
+
+    d is min(decay, (1 + t) / (10 + t)) at step t, so that the start, which low widths are far from, is soon forgotten.
 
     Args:
         model: in training; the average starts as a copy of it, and follows its tensors.
-        decay: between 0 and 1.
+        decay: what d grows to, between 0 and 1.
 
     Attributes:
         model: the average, a network of its own.
@@ -31,8 +33,9 @@ class MovingAverage:
         self._copied, self._given = [own for own, _ in others], [one for _, one in others]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in what the network is now."""
-        torch._foreach_lerp_(self._moving, self._followed, 1 - self.decay)
+    def update(self, step: int) -> None:
+        """Take in what the network is after a step, the first of which is 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._moving, self._followed, 1 - decay)
         if self._copied:
             torch._foreach_copy_(self._copied, self._given)

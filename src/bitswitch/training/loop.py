@@ -132,7 +132,7 @@ class Loop:
             number = epoch * steps + step
             seen.append(self.objective.step(x, y, cosine(number, self.epochs * steps), number))
             if self.averaged is not None:
-                self.averaged.update()
+                self.averaged.update(number)
             self.on_step()
             if len(seen) == _LOOK_EVERY or step == steps - 1:
                 window = average(torch.stack(seen).double(), self.world).cpu()
