@@ -65,7 +65,6 @@ TAUGHT_ALONE = (*TAUGHT_DRAWN_2, "train.distillation.weight=1")
 BESIDE = {
     "hot": "train.distillation.temperature=3",
     "lr-1e-3": "train.lr=1e-3",
-    "ema": "train.ema=0.999",
     "per-channel": "train.per_channel=true",
     "centred": "train.method=centred",
 }

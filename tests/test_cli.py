@@ -341,7 +341,7 @@ def test_interruption_exits_130(capsys, monkeypatch):
     [
         ["pretrain.epochs=0"],
         ["train.channels_last=true", "train.precision=bfloat16", "train.micro_batches=2"],
-        ["train.distillation.teacher=float", "train.record_scale_gradients=true", "train.ema=0.5"],
+        ["train.distillation.teacher=float", "train.record_scale_gradients=true"],
         ["train.distillation={teacher: highest, temperature: 4}", "train.order=accumulate"],
         ["train.forwards=2", "train.order=accumulate", "train.record_scale_gradients=true"],
         ["train.forwards=2", "train.distillation.teacher=highest"],

@@ -69,10 +69,7 @@ class DistillationPart(_Part):
 
 
 class QuantizedPart(EnginePart):
-    """What joint and SuperNet training share: two Adams, cosine schedule, ALRS, distillation.
-
-    With `ema`, the result is the exponential moving average of parameters and statistics over steps, of this decay
-    (less in the first steps; see `bitswitch.training.MovingAverage`)."""
+    """What joint and SuperNet training share: two Adams, cosine schedule, ALRS, distillation."""
 
     distillation: DistillationPart = DistillationPart()
     epochs: int = Field(200, ge=1)
@@ -84,7 +81,6 @@ class QuantizedPart(EnginePart):
     alrs: Literal["relative", "printed", "off"] = "relative"
     eta: Literal["paper"] | float | dict[int, float] = 1.0
     clip: float = Field(1.0, gt=0)
-    ema: float | None = Field(None, gt=0, lt=1)
 
     @field_validator("alrs", mode="before")
     @classmethod

@@ -250,8 +250,7 @@ def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> _
     try:
         about, plan = state["about"], Plan.from_json(state["plan"]) if "plan" in state else None
         known = {key: about[key] for key in ("network", "preprocessing", "classes", "data", "data_config")}
-        # Before the last epoch the average, which scores on val are of, is beside the network in training.
-        weights = dict(state.get("averaged", state["model"]))
+        weights = dict(state["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a whole checkpoint of a stage ({error!r})") from error
     name = network or about["network"]["name"]

@@ -6,15 +6,7 @@ from torch import nn
 
 import bitswitch as bs
 from bitswitch.errors import UserError
-from bitswitch.training import (
-    FloatObjective,
-    JointObjective,
-    Loop,
-    MovingAverage,
-    evaluate,
-    load_checkpoint,
-    save_checkpoint,
-)
+from bitswitch.training import FloatObjective, JointObjective, Loop, evaluate, load_checkpoint, save_checkpoint
 
 
 class Stream:
@@ -30,7 +22,7 @@ class Stream:
             yield (x * torch.nan if (epoch, step) == self.poison else x), torch.arange(len(x)) % 5
 
 
-def loop(model, path, stream, epochs, joint=True, order="each", averaged=None):
+def loop(model, path, stream, epochs, joint=True, order="each"):
     objective = (
         JointObjective(model, bs.MultiPrecisionOptimizer(model), order)
         if joint
@@ -44,19 +36,15 @@ def loop(model, path, stream, epochs, joint=True, order="each", averaged=None):
         extra={},
         on_step=lambda: None,
         on_epoch=lambda *_: None,
-        averaged=averaged,
     )
 
 
-@pytest.mark.parametrize(("joint", "averages"), [(False, False), (True, False), (True, True)])
-def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, images, joint, averages):
-    def averaged(model):
-        return MovingAverage(model, 0.7) if averages else None
-
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, images, joint):
     model = quantized if joint else network
     other = copy.deepcopy(model)
     torch.manual_seed(3)
-    loop(model, tmp_path / "a", Stream(images), 4, joint, averaged=averaged(model)).run()
+    loop(model, tmp_path / "a", Stream(images), 4, joint).run()
 
     class Killed(Exception):
         pass
@@ -71,55 +59,13 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, 
     torch.manual_seed(3)
     twin = copy.deepcopy(other)
     with pytest.raises(Killed):
-        loop(twin, tmp_path / "b", Dies(images), 4, joint, averaged=averaged(twin)).run()
+        loop(twin, tmp_path / "b", Dies(images), 4, joint).run()
     torch.manual_seed(99)
-    again = loop(other, tmp_path / "b", Stream(images), 4, joint, averaged=averaged(other))
+    again = loop(other, tmp_path / "b", Stream(images), 4, joint)
     assert again.resume() == 2
     again.run()
     for (name, p), (_, q) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
         assert torch.equal(p, q), name
-
-
-def test_the_result_is_the_moving_average_where_there_is_one(tmp_path, quantized, images):
-    """e <- d e + (1 - d) p after every step, from the p of before the first, of parameters and statistics; here in float64."""
-    expected = {name: tensor.double() for name, tensor in quantized.state_dict().items()}
-    followed: list[float] = []
-
-    def follow():
-        decay = min(0.2, [1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 9 / 18][len(followed)])
-        followed.append(decay)
-        for name, tensor in quantized.state_dict().items():
-            now = tensor.double()
-            expected[name] = decay * expected[name] + (1 - decay) * now
-
-    run = loop(quantized, tmp_path / "a", Stream(images), 3, averaged=MovingAverage(quantized, 0.2))
-    run.on_step = follow
-    watched = []
-    run.on_epoch = lambda *_: watched.append(copy.deepcopy(run.result.state_dict()))
-    assert run.result is not quantized
-    run.run()
-    moved = copy.deepcopy(quantized.state_dict())
-    for name, tensor in load_checkpoint(tmp_path / "a")["model"].items():
-        assert torch.equal(tensor, moved[name]) and torch.equal(tensor, watched[-1][name])
-        if tensor.is_floating_point():
-            assert torch.allclose(tensor.double(), expected[name], rtol=1e-5, atol=1e-7), name
-    assert len(followed) == 9 and followed[0] < followed[-1] == 0.2
-    assert any(not torch.equal(watched[0][name], watched[-1][name]) for name in moved)
-
-
-def test_what_is_no_statistic_is_not_averaged():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 170))
-    model.register_buffer("index", torch.arange(170))
-    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
-    averages = [MovingAverage(model, decay) for decay in (0.9, 0.9999)]
-    for step in range(3):
-        model(torch.randn(4, 3))
-        for average in averages:
-            average.update(step)
-    for average in averages:
-        assert torch.equal(average.model.index, model.index) and torch.equal(average.model.mask, model.mask)
-        assert average.model[0].num_batches_tracked == 3
-        assert not torch.equal(average.model[0].running_mean, model[0].running_mean)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, quantized, images):

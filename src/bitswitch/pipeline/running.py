@@ -10,7 +10,7 @@ from torch import nn
 from bitswitch.config import PretrainPart, QuantizedPart
 from bitswitch.data import DataSet
 from bitswitch.pipeline.run import Run
-from bitswitch.training import Loop, MovingAverage, Objective, ScaleGradients, evaluate, load_checkpoint
+from bitswitch.training import Loop, Objective, ScaleGradients, evaluate, load_checkpoint
 from bitswitch.training.evaluate import PrecisionChoice
 from bitswitch.training.loop import Batches
 
@@ -36,7 +36,7 @@ def train_loop(
     pace = _Pace(part.batch_size)
 
     def on_epoch(epoch: int, losses: dict[str, float]) -> None:
-        scores = scores_on(run, loop.result, data, "val", precisions) if data.size("val") else None
+        scores = scores_on(run, objective.model, data, "val", precisions) if data.size("val") else None
         rows = []
         for i, precision in enumerate(precisions):
             row = {"stage": stage, "epoch": epoch, **named(precision), "split": "val"}
@@ -59,7 +59,6 @@ def train_loop(
         on_epoch=on_epoch,
         seed=run.recipe.seed,
         world=world,
-        averaged=_averaged(objective.model, part),
     )
     done = loop.resume()
     if world.first:
@@ -67,12 +66,6 @@ def train_loop(
         _tell_resumed(run, stage, done, part.epochs)
     with run.reporter.progress(stage, part.epochs * len(batches), done * len(batches)) as advance:
         loop.run()
-
-
-def _averaged(model: nn.Module, part: PretrainPart | QuantizedPart) -> MovingAverage | None:
-    if isinstance(part, PretrainPart) or part.ema is None:
-        return None
-    return MovingAverage(model, part.ema)
 
 
 def training_batches(run: Run, data: DataSet, batch_size: int) -> Batches:

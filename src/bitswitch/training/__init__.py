@@ -1,7 +1,6 @@
 """Training: multi-precision objectives, ALRS, the loop, checkpoints, evaluation."""
 
 from bitswitch.training.alrs import AlrsForm, adapted_rate, paper_eta
-from bitswitch.training.average import MovingAverage
 from bitswitch.training.checkpoints import load_checkpoint, save_checkpoint
 from bitswitch.training.distillation import Distillation
 from bitswitch.training.distributed import World
@@ -22,7 +21,6 @@ __all__ = [
     "FloatObjective",
     "JointObjective",
     "Loop",
-    "MovingAverage",
     "MultiPrecisionOptimizer",
     "Objective",
     "Sampling",

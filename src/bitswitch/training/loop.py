@@ -8,10 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitswitch.errors import UserError
-from bitswitch.training.average import MovingAverage
 from bitswitch.training.checkpoints import load_checkpoint, save_checkpoint
 from bitswitch.training.distributed import World, average, broadcast_buffers
 from bitswitch.training.objectives import Objective
@@ -53,7 +52,6 @@ class Loop:
         on_epoch: called after every epoch, before its checkpoint is written, with the epoch and each precision's mean loss.
         seed: of whatever the network draws, dropout for one; every epoch and rank has a stream of its own.
         world: this process among the others; rank 0 alone writes.
-        averaged: a moving average of the network, moved after every step; the network becomes it when the last epoch is done.
         epochs_done: how many are behind it.
     """
 
@@ -66,13 +64,7 @@ class Loop:
     on_epoch: Callable[[int, dict[str, float]], None]
     seed: int = 0
     world: World = field(default_factory=World)
-    averaged: MovingAverage | None = None
     epochs_done: int = 0
-
-    @property
-    def result(self) -> nn.Module:
-        """The network that training ends with: the average where there is one."""
-        return self.objective.model if self.averaged is None else self.averaged.model
 
     def resume(self) -> int:
         """Take up the checkpoint where there is one; how many epochs are done.
@@ -88,8 +80,6 @@ class Loop:
                     raise ValueError(f"{done!r} of {self.epochs} epochs done")
                 self.objective.model.load_state_dict(state["model"])
                 self.objective.load_state_dict(state["optimizers"])
-                if self.averaged is not None:
-                    self.averaged.model.load_state_dict(state["averaged"])
             except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
@@ -113,12 +103,8 @@ class Loop:
             losses = self._epoch(self.epochs_done)
             # Where batch statistics are not shared, every rank has its own running ones: rank 0's are those that are kept.
             broadcast_buffers(self.objective.model, self.world)
-            if self.averaged is not None:
-                broadcast_buffers(self.averaged.model, self.world)
             self.on_epoch(self.epochs_done, dict(zip(self.objective.names, losses, strict=True)))
             self.epochs_done += 1
-            if self.averaged is not None and self.epochs_done == self.epochs:
-                self.objective.model.load_state_dict(self.averaged.model.state_dict())
             self._save()
         if not self.checkpoint.exists():
             # No epochs were asked for: what the network started with is the result.
@@ -131,8 +117,6 @@ class Loop:
         for step, (x, y) in enumerate(self.batches.epoch(epoch)):
             number = epoch * steps + step
             seen.append(self.objective.step(x, y, cosine(number, self.epochs * steps), number))
-            if self.averaged is not None:
-                self.averaged.update(number)
             self.on_step()
             if len(seen) == _LOOK_EVERY or step == steps - 1:
                 window = average(torch.stack(seen).double(), self.world).cpu()
@@ -166,6 +150,4 @@ class Loop:
             "optimizers": self.objective.state_dict(),
             **self.extra,
         }
-        if self.averaged is not None:
-            state["averaged"] = self.averaged.model.state_dict()
         save_checkpoint(self.checkpoint, state)
