@@ -101,7 +101,7 @@ _SCREENED = (
     *("raw-alrs-off", "lr-1e-3"),
 )
 _DECIDED = (
-    *("paper", "lsq", OURS + TWICE, "paper-432", "lsq-432", f"{OURS}-432"),
+    *("paper", "lsq", OURS + TWICE, f"{OURS}-per-channel{TWICE}", "paper-432", "lsq-432", f"{OURS}-432"),
     *("lsq-8-alone", "lsq-4-alone", "lsq-2-alone", "adabits", "bit-mixer"),
 )
 QUEUE = (
