@@ -236,7 +236,7 @@ def test_a_latency_table(capsys, copied, tmp_path):
         (["search", "digits", "supernet.sensitive=2"], ["quantile"]),
         (["search", "digits", "supernet=null"], ["has no part supernet"]),
         (["search", "digits", "train.method=lsq"], ["gives no SuperNet"]),
-        (["search", "digits", "supernet.epoch=3"], ["unknown key 'supernet.epoch'", "did you mean 'epochs'"]),
+        (["search", "digits", "supernet.epoch=3"], ["unknown key 'supernet.epoch'", "did you mean 'supernet.epochs'"]),
     ],
     ids=str,
 )
