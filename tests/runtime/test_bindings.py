@@ -49,7 +49,8 @@ def tensors(count=4):
 
 
 def product(kind="conv", **options):
-    defaults = {"prefix": "p", "layer": "a", "into": None, "ranges": (), "bias": None, "norm": None, "epsilon": 1e-5}
+    defaults = {"prefix": "p", "layer": "a", "into": None, "ranges": (), "common_ranges": ()}
+    defaults |= {"bias": None, "norm": None, "epsilon": 1e-5}
     return Product(kind=kind, **defaults | options)
 
 
@@ -121,10 +122,31 @@ def test_other_candidate_widths():
     ],
 )
 def test_a_quantizer_is_bytes(kind, width, least, greatest, expected):
-    quantizer = Quantizer(prefix="q", layer="a", least=least, greatest=greatest)
-    found = values(bindings(quantizers=(quantizer,)), header(kind), tensors(), {"a": width})
+    quantizer = Quantizer(prefix="q", layer="a", least=least, greatest=greatest, nonnegative=False)
+    found = values(bindings(quantizers=(quantizer,)), header(kind), tensors(), {"a": width}, saturating=True)
     assert tuple(int(found[f"q.{key}"]) for key in ("zero", "low", "high", "clips")) == tuple(map(int, expected))
     assert found["q.scale"] == tensors()["a.input_scale"][WIDTHS.index(width)]
+
+
+@pytest.mark.parametrize("kind", ["unsigned", "signed", "zero_point"])
+@pytest.mark.parametrize("greatest", [None, 2.003])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_bytes_own_saturation_clips_what_is_never_negative(kind, width, greatest):
+    """`saturate(round(x / s) + zero)` is the clipped code, wherever no clip is left."""
+    quantizer = Quantizer(prefix="q", layer="a", least=None, greatest=greatest, nonnegative=True)
+    given = bindings(quantizers=(quantizer,)), header(kind), tensors(), {"a": width}
+    plain, found = values(*given), values(*given, saturating=True)
+    x = np.concatenate([np.linspace(0, 3, 1000, dtype=np.float32), np.float32([0.0, 1e9, np.inf])])
+
+    def codes(arrays):
+        bytes_ = np.clip(np.round(x / arrays["q.scale"]) + int(arrays["q.zero"]), 0, 255)
+        if arrays["q.clips"]:
+            bytes_ = np.clip(bytes_, arrays["q.low"], arrays["q.high"])
+        return bytes_ - int(arrays["q.zero"])
+
+    assert np.array_equal(codes(found), codes(plain))
+    if kind == "unsigned":
+        assert plain["q.clips"] == (width < 8 or greatest is not None) and not found["q.clips"]
 
 
 def test_a_closed_channel_keeps_its_bias():
@@ -216,10 +238,12 @@ def test_without_a_reader_the_bias_is_rounded():
 
 
 def test_bindings_are_text_and_back():
-    quantizer = Quantizer(prefix="q", layer="a", least=0.0, greatest=None)
+    quantizer = Quantizer(prefix="q", layer="a", least=0.0, greatest=None, nonnegative=False)
     constant = Constant(tensor="n.bias", dtype="float32", norm="n")
     given_ = bindings(
-        product("branch", ranges=(((-1.0,) * 3, (2.0,) * 3),) * 4), quantizers=(quantizer,), constants=(constant,)
+        product("bytes or sums", ranges=(((-1.0,) * 3, (2.0,) * 3),) * 4, common_ranges=((-1.0, 2.0),) * 4),
+        quantizers=(quantizer,),
+        constants=(constant,),
     )
     assert Bindings.from_text(given_.to_text()) == given_
     found = values(given_, header(), tensors(), {"a": 4})
@@ -267,3 +291,30 @@ def test_anything_else_is_refused_or_empty(content):
         assert all(number >= 0 for number, _ in protobuf.fields(memoryview(content)))
     except UserError as error:
         assert "damaged" in str(error)
+
+
+RANGES = (((-4.0, -3.0, -4.5), (4.0, 5.0, 4.0)),) * 4
+
+
+@pytest.mark.parametrize(("greatest", "alike"), [(5.0, True), (40.0, False)])
+def test_one_scale_for_all_channels_of_a_branch_where_it_costs_little(greatest, alike):
+    """Each form's bytes stand for the convolution, to half a step of its own; the least scales cost at most 6 dB."""
+    t = tensors()
+    p = product("bytes or sums", norm="n", ranges=RANGES, common_ranges=((-4.5, greatest),) * 4)
+    found = values(bindings(p), header(), t, {"a": 8})
+    assert bool(found["p.in_bytes"]) and bool(found["p.alike"]) == alike
+    x = np.stack(np.meshgrid(*[np.arange(0, 256, 15)] * 2), -1).reshape(-1, 2)
+    sums = (x @ found["p.codes"][..., 0, 0].T.astype(int) + found["p.bias"]) * found["p.bias_scale"].astype(float)
+    a = t["n.weight"][0] / np.sqrt(t["n.running_var"][0] + 1e-5)
+    weight = t["a.codes"][..., 0, 0] * 0.02
+    expected = (x * 0.01) @ weight.T * a + t["n.bias"][0] - t["n.running_mean"][0] * a
+    if alike:
+        zero, step = int(found["p.common_zero"]), found["p.common_step"]
+        stands_for = (np.clip(np.round(sums) + zero, 0, 255) - zero) * step
+        inside = (expected > -4.4) & (expected < greatest - 0.1)
+    else:
+        step = found["p.step"]
+        stands_for = np.clip(np.round(sums), 0, 255) * step + found["p.offset"]
+        inside = (expected > np.array(RANGES[0][0])) & (expected < np.array(RANGES[0][1]))
+    assert inside.mean() > 0.5
+    assert (np.abs(stands_for - expected) <= 0.51 * step * np.ones(3))[inside].all()

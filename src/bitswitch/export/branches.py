@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from bitswitch.export.layout import TO_FIRST, TO_LAST, sink, transposed
 from bitswitch.export.lowering import Lowering, only_user, remove_dead, take_place
 from bitswitch.runtime.bindings import Product
 
@@ -18,8 +19,17 @@ from bitswitch.runtime.bindings import Product
 # the addition of the bias behind it. Files of ONNX have the standard form; see `standard_sums`.
 ORT_DOMAIN, SUMS = "com.microsoft", "MatMulIntegerToFloat"
 
-# Of a branch, at every width, the least and the greatest result of every channel.
-Ranges = tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+# The least and the greatest result of every channel; the ends of a range for all channels.
+ChannelRange = tuple[tuple[float, ...], tuple[float, ...]]
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Of a branch, at every width; see `Product.ranges` and `Product.common_ranges`."""
+
+    channels: tuple[ChannelRange, ...]
+    common: tuple[Range, ...]
 
 
 def branches(lowering: Lowering) -> list[int]:
@@ -36,61 +46,191 @@ def _is_read(value: ir.Value) -> bool:
 
 
 def end_in_bytes(lowering: Lowering, ranges: Mapping[int, Ranges]) -> None:
-    """Give the results of `branches` 8 bits per channel, and let them end in floats where a byte would be too coarse.
+    """Give the results of `branches` 8 bits, and let them end in floats where a byte would be too coarse.
 
     Beside codes of 8 bits it is fine, beside codes of 2 bits mostly exact; beside codes of 6 bits its rounding turns so many
     over that a network answers otherwise, and so does that of the whole biases of the other convolutions, which get both forms,
-    too. Which of the two it is, ONNX Runtime decides when a graph is loaded: an If on a constant. Convolutions that are no
-    matrix product of patches end in bytes at every width.
+    too. Which of them it is, ONNX Runtime decides when a graph is loaded: an If on a constant. Convolutions that are no matrix
+    product of patches end in bytes at every width.
 
     Args:
         lowering: of `lower_layers`.
-        ranges: by index of a product, see `Product.ranges`.
+        ranges: by index of a product.
     """
-    for i, (product, value) in enumerate(lowering.products):
-        node = value.producer()
-        if node is None or product.kind != "conv":
-            continue
-        has_patches = _has_patches(lowering, node, product)
+    for i, site in _sites(lowering).items():
         if i in ranges:
-            kind, nodes = ("either" if has_patches else "branch"), _bytes(lowering, node, product)
-        elif has_patches:
-            kind, nodes = "conv or sums", _convolution(_Chain(product.prefix), node)
+            kind, nodes = "branch", _bytes_of_channels(lowering, site)
+            if site.has_patches:
+                kind = "bytes or sums"
+                nodes = [_either(lowering, site, "alike", _bytes(lowering, site), nodes)]
+                nodes = [_either(lowering, site, "in_bytes", nodes, _sums(lowering, site))]
+        elif site.is_image:
+            kind, nodes = "conv", _codes(site)
+            if site.has_patches:
+                kind = "conv or sums"
+                nodes = [_either(lowering, site, "in_bytes", nodes, _sums_in_codes(lowering, site))]
         else:
             continue
-        if has_patches:
-            branches = {
-                "then_branch": _branch("bytes", nodes),
-                "else_branch": _branch("sums", _sums(lowering, node, product)),
-            }
-            taken = lowering.constant(f"{product.prefix}.in_bytes")
-            nodes = [ir.node("If", [taken], branches, outputs=[ir.Value(name=f"{product.prefix}.either")])]
-        lowering.graph.insert_before(node, nodes)
-        made = nodes[-1].outputs[0]
-        take_place(lowering, value, made)
-        lowering.products[i] = (replace(product, kind=kind, ranges=ranges.get(i, ())), made)
+        product = replace(site.product, kind=kind)
+        if i in ranges:
+            product = replace(product, ranges=ranges[i].channels, common_ranges=ranges[i].common)
+        _put(lowering, i, site, product, nodes, codes=i not in ranges)
+    sink(lowering.graph, TO_FIRST)
 
 
-def _branch(name: str, nodes: Sequence[ir.Node]) -> ir.Graph:
-    result = nodes[-1].outputs[0]
-    result.type = ir.TensorType(ir.DataType.FLOAT)
-    return ir.Graph([], [result], nodes=nodes, name=name)
+def end_in_sums(lowering: Lowering) -> None:
+    """Let every convolution end in floats that its integer sums give exactly.
+
+    Those that are no matrix product of patches end in int32 (ConvInteger), which is slow, where they are `branches`; where one
+    quantizer reads them they stay convolutions between bytes, whose bias is a whole number.
+    """
+    for i, site in _sites(lowering).items():
+        if site.has_patches:
+            kind, nodes = "sums", _sums(lowering, site)
+        elif site.reader is None:
+            kind, nodes = "int32", _int32(lowering, site)
+        elif site.is_image:
+            kind, nodes = "conv", _codes(site)
+        else:
+            continue
+        _put(lowering, i, site, replace(site.product, kind=kind), nodes, codes=kind == "conv")
+    sink(lowering.graph, TO_FIRST)
 
 
-def _bytes(lowering: Lowering, node: ir.Node, product: Product) -> list[ir.Node]:
-    """A convolution that ends in 8 bits, and the floats that they stand for."""
-    prefix = product.prefix
+@dataclass(frozen=True)
+class _Site:
+    """A convolution in its place.
+
+    Attributes:
+        product: what it is.
+        result: of it.
+        node: itself.
+        is_image: it has two dimensions, and the codes of its input are channels last.
+        has_patches: it is a matrix product of patches: two dimensions, one group.
+        reader: the QuantizeLinear that alone reads it.
+        into: the prefix of that quantizer.
+    """
+
+    product: Product
+    result: ir.Value
+    node: ir.Node
+    is_image: bool
+    has_patches: bool
+    reader: ir.Node | None
+    into: str | None
+
+
+def _sites(lowering: Lowering) -> dict[int, _Site]:
+    """All convolutions, by index of the product; the quantizers of images now read them channels last."""
+    shapes = {layer.name: layer.shape for layer in lowering.header.layers}
+    found = {}
+    for i, (product, value) in enumerate(lowering.products):
+        node = value.producer()
+        if product.kind != "conv" or node is None:
+            continue
+        user = only_user(value)
+        reader = user if user is not None and user.op_type == "QuantizeLinear" else None
+        is_image = len(shapes[product.layer]) == 4
+        found[i] = _Site(
+            product=product,
+            result=value,
+            node=node,
+            is_image=is_image,
+            has_patches=is_image and node.attributes.get_int("group", 1) == 1,
+            reader=reader,
+            into=None if reader is None else lowering.quantizer_of(reader),
+        )
+    # A quantizer belongs to one layer, whose convolutions are all of images or none.
+    images = {site.node.inputs[0] for site in found.values() if site.is_image}
+    for quantizer, value in lowering.quantizers.values():
+        if value in images:
+            node = lowering.quantizing(quantizer.prefix)
+            source = node.inputs[0]
+            assert source is not None
+            node.replace_input_with(0, transposed(lowering.graph, source, TO_LAST))
+    return found
+
+
+def _put(
+    lowering: Lowering, i: int, site: _Site, product: Product, nodes: Sequence[ir.Node], *, codes: bool = False
+) -> None:
+    """Put nodes in the place of a convolution and, where they end in codes, of the quantizer that alone reads it."""
+    graph = lowering.graph
+    graph.insert_before(site.node, nodes)
+    made, end, is_read_so = nodes[-1].outputs[0], site.result, not site.is_image
+    if codes:
+        assert site.reader is not None
+        end, is_read_so = site.reader.outputs[0], site.reader.inputs[0] is not site.result
+    new = made if is_read_so else transposed(graph, made, TO_FIRST)
+    take_place(graph, end, new)
+    # Where the last node was a transposition, nobody reads it.
+    remove_dead(graph, made.producer())
+    lowering.products[i] = (replace(product, into=site.into if codes else None), new)
+
+
+def _either(
+    lowering: Lowering, site: _Site, flag: str, then: Sequence[ir.Node], otherwise: Sequence[ir.Node]
+) -> ir.Node:
+    """An If on a constant of a product."""
+    branches = {}
+    for key, nodes in (("then_branch", then), ("else_branch", otherwise)):
+        result = nodes[-1].outputs[0]
+        result.type = ir.TensorType(ir.DataType.FLOAT if site.reader is None else ir.DataType.UINT8)
+        branches[key] = ir.Graph([], [result], nodes=nodes, name=key)
+    prefix = f"{site.product.prefix}.{flag}"
+    return ir.node("If", [lowering.constant(prefix)], branches, outputs=[ir.Value(name=f"{prefix}.either")])
+
+
+def _codes(site: _Site) -> list[ir.Node]:
+    """A convolution that ends in the codes of its reader."""
+    assert site.reader is not None
+    chain = _Chain(site.product.prefix)
+    x = _convolution(chain, site)
+    x = chain.add("QuantizeLinear", [x, *site.reader.inputs[1:]], "bytes")
+    chain.add("Transpose", [x], "bytes_last", {"perm": TO_LAST})
+    return chain.nodes
+
+
+def _sums_in_codes(lowering: Lowering, site: _Site) -> list[ir.Node]:
+    """Exact sums that end in the codes of their reader."""
+    assert site.reader is not None
+    nodes = _sums(lowering, site)
+    chain = _Chain(f"{site.product.prefix}.sums", nodes)
+    chain.add("QuantizeLinear", [nodes[-1].outputs[0], *site.reader.inputs[1:]], "bytes")
+    return nodes
+
+
+def _bytes(lowering: Lowering, site: _Site) -> list[ir.Node]:
+    """A convolution that ends in 8 bits, of one scale, and the floats that they stand for."""
+    chain = _Chain(f"{site.product.prefix}.alike")
+    one, step, byte = (
+        _fixed(lowering, "one", np.float32(1)),
+        lowering.constant(f"{site.product.prefix}.common_step"),
+        lowering.constant(f"{site.product.prefix}.common_zero"),
+    )
+    x = _convolution(chain, site)
+    x = chain.add("QuantizeLinear", [x, one, byte], "bytes")
+    x = chain.add("Transpose", [x], "bytes_last", {"perm": TO_LAST})
+    chain.add("DequantizeLinear", [x, step, byte], "result")
+    return chain.nodes
+
+
+def _bytes_of_channels(lowering: Lowering, site: _Site) -> list[ir.Node]:
+    """A convolution that ends in 8 bits, with a scale for every channel, and the floats that they stand for."""
+    prefix = site.product.prefix
     one = _fixed(lowering, "one", np.float32(1))
     zero = _fixed(lowering, "zero", np.uint8(0))
     step, offset, mean, variance = (
         lowering.constant(f"{prefix}.{key}") for key in ("step", "offset", "mean", "variance")
     )
     chain = _Chain(prefix)
-    x = _convolution(chain, node)[-1].outputs[0]
+    x = _convolution(chain, site)
     x = chain.add("QuantizeLinear", [x, one, zero], "bytes")
     x = chain.add("DequantizeLinear", [x, one, zero], "steps")
-    # Not a multiplication and an addition: ONNX Runtime would carry them into the convolution's layout, where they are slow.
-    chain.add("BatchNormalization", [x, step, offset, mean, variance], "result", {"epsilon": 0.0})
+    # Not a multiplication and an addition: they are slower, and more so where channels are last.
+    x = chain.add("BatchNormalization", [x, step, offset, mean, variance], "result", {"epsilon": 0.0})
+    if site.is_image:
+        chain.add("Transpose", [x], "result_last", {"perm": TO_LAST})
     return chain.nodes
 
 
@@ -115,23 +255,20 @@ class _Chain:
         return self.nodes[-1].outputs[0]
 
 
-def _convolution(chain: _Chain, node: ir.Node) -> list[ir.Node]:
+def _convolution(chain: "_Chain", site: _Site) -> ir.Value:
     """The same convolution with dequantizers of its own.
 
     Outside an If, ONNX Runtime would go on to run them where it does not take this branch.
     """
+    dequantizers = _dequantizers(site.node)
+    codes = dequantizers[0].inputs[0]
+    if site.is_image:
+        codes = chain.add("Transpose", [codes], "codes_first", {"perm": TO_FIRST})
     inputs = [
-        chain.add("DequantizeLinear", given.inputs, key, given.attributes)
-        for key, given in zip(("dequantized", "weight", "float_bias"), _dequantizers(node), strict=True)
+        chain.add("DequantizeLinear", [codes if i == 0 else given.inputs[0], *given.inputs[1:]], key, given.attributes)
+        for i, (key, given) in enumerate(zip(("dequantized", "weight", "float_bias"), dequantizers, strict=True))
     ]
-    chain.add("Conv", inputs, "conv", node.attributes)
-    return chain.nodes
-
-
-def _has_patches(lowering: Lowering, node: ir.Node, product: Product) -> bool:
-    """Whether a convolution is a matrix product of patches: two dimensions, one group."""
-    shape = next(entry.shape for entry in lowering.header.layers if entry.name == product.layer)
-    return len(shape) == 4 and node.attributes.get_int("group", 1) == 1
+    return chain.add("Conv", inputs, "conv", site.node.attributes)
 
 
 def _dequantizers(node: ir.Node) -> list[ir.Node]:
@@ -140,19 +277,20 @@ def _dequantizers(node: ir.Node) -> list[ir.Node]:
     return [giver for giver in found if giver is not None]
 
 
-def _sums(lowering: Lowering, node: ir.Node, product: Product) -> list[ir.Node]:
+def _sums(lowering: Lowering, site: _Site) -> list[ir.Node]:
     """A convolution as an integer matrix product of patches, which ends in floats by itself: its sums are exact.
 
     ONNX Runtime's ConvInteger takes two to four times as long. The bytes of a patch are brought together by columns first, then
     by rows, channels last, so that few and long runs are copied.
     """
-    codes, scale, zero = _dequantizers(node)[0].inputs
+    product, node = site.product, site.node
+    x, scale, zero = _dequantizers(node)[0].inputs
     shape = next(entry.shape for entry in lowering.header.layers if entry.name == product.layer)
     pads = list(node.attributes.get_ints("pads", (0, 0, 0, 0)))
     strides = node.attributes.get_ints("strides", (1, 1))
     dilations = node.attributes.get_ints("dilations", (1, 1))
-    chain = _Chain(product.prefix)
-    x = chain.add("Transpose", [codes], "channels_last", {"perm": [0, 2, 3, 1]})
+    chain = _Chain(f"{product.prefix}.sums")
+    assert x is not None
     if any(pads):
         x = chain.add("Pad", [x, _whole(lowering, [0, *pads[:2], 0, 0, *pads[2:], 0]), zero], "padded")
     for axis in (2, 1):
@@ -163,9 +301,7 @@ def _sums(lowering: Lowering, node: ir.Node, product: Product) -> list[ir.Node]:
     matrix = chain.add("Transpose", [weight], "last", {"perm": [2, 3, 1, 0]})
     matrix = chain.add("Reshape", [matrix, _whole(lowering, [-1, shape[0]])], "matrix")
     lowering.model.opset_imports[ORT_DOMAIN] = 1
-    inputs = [x, matrix, scale, weight_scale, zero, weight_zero, bias]
-    x = chain.add(SUMS, inputs, "sums", domain=ORT_DOMAIN)
-    chain.add("Transpose", [x], "channels_first", {"perm": [0, 3, 1, 2]})
+    chain.add(SUMS, [x, matrix, scale, weight_scale, zero, weight_zero, bias], "result", domain=ORT_DOMAIN)
     return chain.nodes
 
 
@@ -209,38 +345,22 @@ def end_in_floats(lowering: Lowering) -> None:
         lowering.products[i] = (replace(product, kind="float"), value)
 
 
-def end_in_sums(lowering: Lowering) -> None:
-    """Let every convolution end in floats that its integer sums give exactly.
-
-    Those that are no matrix product of patches end in int32 (ConvInteger), which is slow, where they are `branches`; where one
-    quantizer reads them they stay convolutions between bytes, whose bias is a whole number.
-    """
-    rest = branches(lowering)
-    for i, (product, value) in enumerate(lowering.products):
-        node = value.producer()
-        assert node is not None
-        if product.kind == "conv" and _has_patches(lowering, node, product):
-            kind, nodes = "sums", _sums(lowering, node, product)
-        elif i in rest:
-            kind, nodes = "int32", _int32(lowering, node, product)
-        else:
-            continue
-        lowering.graph.insert_before(node, nodes)
-        take_place(lowering, value, nodes[-1].outputs[0])
-        lowering.products[i] = (replace(product, kind=kind), nodes[-1].outputs[0])
-
-
-def _int32(lowering: Lowering, node: ir.Node, product: Product) -> list[ir.Node]:
+def _int32(lowering: Lowering, site: _Site) -> list[ir.Node]:
     """A convolution that ends in int32, with a float multiplication and addition behind."""
-    codes, _, zero = _dequantizers(node)[0].inputs
+    codes, _, zero = _dequantizers(site.node)[0].inputs
+    prefix = site.product.prefix
     weight, weight_zero, multiplier, offset = (
-        lowering.constant(f"{product.prefix}.{key}") for key in ("codes", "zero", "multiplier", "offset")
+        lowering.constant(f"{prefix}.{key}") for key in ("codes", "zero", "multiplier", "offset")
     )
-    chain = _Chain(product.prefix)
-    x = chain.add("ConvInteger", [codes, weight, zero, weight_zero], "int32", node.attributes)
+    chain = _Chain(prefix)
+    if site.is_image:
+        codes = chain.add("Transpose", [codes], "codes_first", {"perm": TO_FIRST})
+    x = chain.add("ConvInteger", [codes, weight, zero, weight_zero], "int32", site.node.attributes)
     x = chain.add("Cast", [x], "sum", {"to": ir.DataType.FLOAT})
     x = chain.add("Mul", [x, multiplier], "scaled")
-    chain.add("Add", [x, offset], "result")
+    x = chain.add("Add", [x, offset], "result")
+    if site.is_image:
+        chain.add("Transpose", [x], "result_last", {"perm": TO_LAST})
     return chain.nodes
 
 

@@ -1,5 +1,6 @@
 """Of a graph whose numbers are known, the branch that is taken in the place of every If."""
 
+from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,7 +11,9 @@ from bitswitch.export.lowering import remove_dead
 
 def decide(graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> None:
     """Put the branch that is taken in the place of every If on a constant."""
-    for node in list(graph):
+    pending = deque(graph)
+    while pending:
+        node = pending.popleft()
         condition = node.inputs[0] if node.op_type == "If" else None
         if condition is None or condition.name is None or condition.name not in arrays:
             continue
@@ -24,19 +27,21 @@ def decide(graph: ir.Graph, arrays: Mapping[str, np.ndarray]) -> None:
             # Names of nodes are a subgraph's own.
             inner.name = inner.outputs[0].name
             graph.insert_before(node, inner)
+            pending.append(inner)
         identity = new.producer()
         if identity is not None and identity.op_type == "Identity":
             given = identity.inputs[0]
             assert given is not None
             new = given
-            graph.remove(identity, safe=False)
+            identity.replace_input_with(0, None)
+            graph.remove(identity)
         if old.is_graph_output():
             graph.outputs[graph.outputs.index(old)] = new
             old.name, new.name = f"{new.name}.before", old.name
         # Inside a branch of an If nobody says them; of the network's result the file must.
         new.shape, new.type = old.shape, old.type
         old.replace_all_uses_with(new)
-        for inner in other:
+        for inner in ir.traversal.RecursiveGraphIterator(other):
             for index, value in enumerate(inner.inputs):
                 inner.replace_input_with(index, None)
                 remove_dead(graph, None if value is None or value.graph is not graph else value.producer())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitswitch.artifact import Header
 from bitswitch.errors import UserError, nearest, require
 from bitswitch.export.artifact import Additions
-from bitswitch.export.branches import Ranges, branches, end_in_bytes, end_in_floats, end_in_sums
+from bitswitch.export.branches import ChannelRange, Range, Ranges, branches, end_in_bytes, end_in_floats, end_in_sums
 from bitswitch.export.float_graph import float_graph
 from bitswitch.export.lowering import Lowering, lower_layers
 from bitswitch.nn import evaluating, switched
@@ -20,6 +20,7 @@ from bitswitch.nn.switch import quantized_layers
 from bitswitch.runtime.bindings import Bindings
 from bitswitch.runtime.constants import Arrays, values
 from bitswitch.runtime.executable import KEY, Executable
+from bitswitch.runtime.whole_bias import LEAST_SCALE
 
 # A graph that computes something else is off by as much as results vary from input to input, or more; eight-bit branches and
 # roundings that fall the other way cost far less, but for networks that were not trained for a width: they magnify whatever
@@ -31,6 +32,8 @@ _ROUNDING = 1e-9
 _DISTURBANCE = 2.0**-8
 # How far the range of a channel reaches beyond what the example inputs showed, either way.
 _ROOM = 0.1
+# Shares of it that are tried as the range of all channels, on so many results.
+_SHARES, _SEEN = np.linspace(1, 0.3, 15), 2**18
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ def integer_graph(
 
 
 def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, Ranges]:
-    """By index of a branch, the least and the greatest result of its channels at every width, with some room beyond."""
-    found: dict[int, list[tuple[tuple[float, ...], tuple[float, ...]]]] = {i: [] for i in branches(lowering)}
+    """By index of a branch, the ranges of its results at every width."""
+    found: dict[int, list[tuple[ChannelRange, Range]]] = {i: [] for i in branches(lowering)}
     if not found:
         return {}
     header, tensors = lowering.header, lowering.tensors
@@ -123,17 +126,38 @@ def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, Ranges]:
         assignment = dict.fromkeys((layer.name for layer in header.layers), width)
         executable = Executable(stored(graph), graph.arrays(assignment), optimize=False)
         for i, result in zip(found, executable.run(_numpy(inputs)), strict=True):
-            found[i].append(_extremes(result))
-    return {i: tuple(ranges) for i, ranges in found.items()}
+            found[i].append((_extremes(result), _common_range(result)))
+    return {
+        i: Ranges(tuple(channels for channels, _ in widths), tuple(common for _, common in widths))
+        for i, widths in found.items()
+    }
 
 
-def _extremes(result: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _extremes(result: np.ndarray) -> ChannelRange:
     """The least and the greatest result of every channel (dimension 1), and beyond them the room that unseen inputs want."""
     axes = tuple(axis for axis in range(result.ndim) if axis != 1)
     least, greatest = result.min(axes).astype(np.float64), result.max(axes).astype(np.float64)
     room = _ROOM * (greatest - least)
-    # Three digits: they are stored for every channel and width, as text.
-    return tuple(float(f"{x:.3g}") for x in least - room), tuple(float(f"{x:.3g}") for x in greatest + room)
+    return tuple(map(_short, least - room)), tuple(map(_short, greatest + room))
+
+
+def _common_range(result: np.ndarray) -> Range:
+    """The range around 0 in which 8 bits for all channels lose least: what rounding loses, and what lies beyond, squared."""
+    seen = result.reshape(-1)[:: max(result.size // _SEEN, 1)].astype(np.float64)
+    low, high = min(seen.min(), 0.0), max(seen.max(), 0.0)
+
+    def loss(share: float) -> float:
+        step = max(share * (high - low) / 255, LEAST_SCALE)
+        zero = np.round(-share * low / step)
+        return float(np.square((np.clip(np.round(seen / step) + zero, 0, 255) - zero) * step - seen).mean())
+
+    share = min(_SHARES, key=loss)
+    return _short(share * low), _short(share * high)
+
+
+def _short(number: float) -> float:
+    """With three digits: it is stored for every channel and width, as text."""
+    return float(f"{number:.3g}")
 
 
 def stored(graph: IntegerGraph) -> bytes:

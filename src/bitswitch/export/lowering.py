@@ -78,21 +78,42 @@ class Lowering:
         return Bindings(
             additions=additions,
             quantizers=tuple(quantizer for quantizer, _ in self.quantizers.values()),
-            products=tuple(replace(product, into=self._reader(product, value)) for product, value in self.products),
+            products=tuple(
+                product if product.into else replace(product, into=self._reader(product, value))
+                for product, value in self.products
+            ),
             constants=tuple(constants),
         )
 
     def _reader(self, product: Product, value: ir.Value) -> str | None:
         """The prefix of the quantizer that alone reads the result of a convolution."""
         node = only_user(value)
-        if product.kind not in ("conv", "conv or sums") or node is None or node.op_type != "QuantizeLinear":
+        if product.kind != "conv" or node is None or node.op_type != "QuantizeLinear":
             return None
+        return self.quantizer_of(node)
+
+    def quantizing(self, prefix: str) -> ir.Node:
+        """The QuantizeLinear of a quantizer."""
+        uses = self.graph.initializers[f"{prefix}.scale"].uses()
+        return next(node for node, _ in uses if node.op_type == "QuantizeLinear")
+
+    def quantizer_of(self, node: ir.Node) -> str:
+        """The prefix of the quantizer that a QuantizeLinear belongs to."""
         scale = node.inputs[1]
-        return next(
-            (q.prefix for q, _ in self.quantizers.values() if scale and scale.name == f"{q.prefix}.scale"), None
-        )
+        return next(q.prefix for q, _ in self.quantizers.values() if scale and scale.name == f"{q.prefix}.scale")
 
 
+# Operations whose results are not below 0 where their first input is not.
+_KEEPING_SIGN = (
+    "AveragePool",
+    "Flatten",
+    "GlobalAveragePool",
+    "MaxPool",
+    "ReduceMean",
+    "Reshape",
+    "Slice",
+    "Transpose",
+)
 _NORM_PARTS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -153,6 +174,7 @@ def _lower_convolution(lowering: Lowering, node: ir.Node, layer: str) -> None:
         kind="conv",
         into=None,
         ranges=(),
+        common_ranges=(),
         bias=_parameter(lowering, bias, layer),
         norm=norm,
         epsilon=epsilon,
@@ -164,7 +186,7 @@ def _lower_convolution(lowering: Lowering, node: ir.Node, layer: str) -> None:
     float_bias = lowering.add(node, "DequantizeLinear", parts, name=f"{prefix}.float_bias", axis=0)
     made = ir.Node("", "Conv", [x, weight, float_bias], node.attributes.values(), outputs=[ir.Value(name=prefix)])
     lowering.graph.insert_before(node, made)
-    take_place(lowering, end, made.outputs[0])
+    take_place(lowering.graph, end, made.outputs[0])
     lowering.products.append((product, made.outputs[0]))
 
 
@@ -183,6 +205,7 @@ def _lower_linear(lowering: Lowering, node: ir.Node, layer: str, bias: ir.Value 
         kind="linear",
         into=None,
         ranges=(),
+        common_ranges=(),
         bias=_parameter(lowering, bias, layer),
         norm=norm,
         epsilon=epsilon,
@@ -193,7 +216,7 @@ def _lower_linear(lowering: Lowering, node: ir.Node, layer: str, bias: ir.Value 
     # As the exporter has it: ONNX Runtime makes a float Gemm of a MatMul of two dimensions that an addition follows.
     made = lowering.add(node, node.op_type, [x, weight], name=f"{prefix}.matmul")
     made = lowering.add(node, "Add", [made, lowering.constant(f"{prefix}.bias")], name=prefix)
-    take_place(lowering, end, made)
+    take_place(lowering.graph, end, made)
     lowering.products.append((product, made))
 
 
@@ -228,16 +251,16 @@ def only_user(value: ir.Value) -> ir.Node | None:
     return uses[0][0] if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def take_place(lowering: Lowering, old: ir.Value, new: ir.Value) -> None:
+def take_place(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     """Let all read `new` where they read `old`; the nodes that only made `old` go."""
     new.shape, new.type = old.shape, old.type
     if old.is_graph_output():
         name = old.name
-        index = lowering.graph.outputs.index(old)
-        lowering.graph.outputs[index] = new
+        index = graph.outputs.index(old)
+        graph.outputs[index] = new
         old.name, new.name = f"{name}.before", name
     old.replace_all_uses_with(new)
-    remove_dead(lowering.graph, old.producer())
+    remove_dead(graph, old.producer())
 
 
 def remove_dead(graph: ir.Graph, node: ir.Node | None) -> None:
@@ -275,6 +298,17 @@ def _source(value: ir.Value) -> tuple[ir.Value, tuple[float | None, float | None
     return _given(node), bounds
 
 
+def _is_nonnegative(value: ir.Value) -> bool:
+    """Whether a value is never below 0, by the operation that gives it."""
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type in _KEEPING_SIGN:
+        return _is_nonnegative(_given(node))
+    bounds = _activation(node)
+    return node.op_type in ("Sigmoid", "Softplus") or (bounds is not None and bounds[0] >= 0)
+
+
 def _given(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     assert value is not None
@@ -308,6 +342,8 @@ def _quantized_input(lowering: Lowering, node: ir.Node, layer: str) -> ir.Value:
     codes = lowering.add(node, "If", [clips], name=f"{prefix}.codes", **branches)
     made = lowering.add(node, "DequantizeLinear", [codes, scale, zero], name=prefix)
     made.shape, made.type = x.shape, x.type
-    quantizer = Quantizer(prefix=prefix, layer=layer, least=least, greatest=greatest)
+    quantizer = Quantizer(
+        prefix=prefix, layer=layer, least=least, greatest=greatest, nonnegative=_is_nonnegative(source)
+    )
     lowering.quantizers[key] = (quantizer, made)
     return made

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import ShapeInferencePass
 from torch import Tensor, nn
 
 from bitswitch import files
@@ -16,6 +17,7 @@ from bitswitch.export.artifact import Additions, contents
 from bitswitch.export.branches import standard_sums
 from bitswitch.export.decide import decide
 from bitswitch.export.graph import IntegerGraph, hold_against, integer_graph
+from bitswitch.export.layout import TO_LAST, sink
 from bitswitch.nn import widths
 from bitswitch.runtime.bindings import Bindings, Product
 from bitswitch.runtime.executable import Executable
@@ -163,6 +165,10 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
     if weights == "int2":
         graph.model.opset_imports[""] = _INT2_OPSET
         graph.model.ir_version = _INT2_IR_VERSION
+    # Shapes, which a stored graph has not, say what can be transposed.
+    ShapeInferencePass(strict_mode=False)(graph.model)
+    sink(graph.model.graph, TO_LAST)
+    graph.model.graph.sort()
     graph.strip()
     graph.model.metadata_props["bitswitch.assignment"] = files.canonical_json(dict(assignment))
     proto = ir.serde.serialize_model(graph.model)

@@ -15,7 +15,7 @@ from bitswitch import files
 from bitswitch.artifact import Header, tensor_name
 from bitswitch.artifact.container import strict_json
 
-_KINDS = ("conv", "sums", "branch", "either", "conv or sums", "int32", "float", "linear")
+_KINDS = ("conv", "sums", "branch", "bytes or sums", "conv or sums", "int32", "float", "linear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,14 @@ class Quantizer:
         layer: whose input it is.
         least, greatest: bounds that an activation function put on what is quantized, or None. Rounding is monotone, so
             clipping codes at the bounds' codes is the same.
+        nonnegative: whether what is quantized is never below 0, without those bounds.
     """
 
     prefix: str
     layer: str
     least: float | None
     greatest: float | None
+    nonnegative: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,16 +45,17 @@ class Product:
     """A convolution or matrix product of a layer, with the batch normalization that follows it folded in.
 
     Eight kinds. "conv": its result goes straight to the next layer's quantizer. "sums": an integer matrix product of patches,
-    which ends in floats. "branch": its result gets 8 bits per channel and goes on as floats, `byte * step + offset`. "either",
-    "conv or sums": the graph has the forms of "branch" or of "conv", and of "sums", and a flag says which. "int32": it ends in
-    integers that a float multiplication and addition follow. "float": a float convolution of dequantized codes. "linear": a
-    matrix product, which ends in floats by itself.
+    which ends in floats. "branch": its result gets 8 bits per channel and goes on as floats, `byte * step + offset`. "bytes or
+    sums": the graph has the form of "branch", that of one scale, `(byte - common_zero) * common_step`, and that of "sums", and
+    flags say which. "conv or sums": likewise. "int32": it ends in integers that a float multiplication and addition follow.
+    "float": a float convolution of dequantized codes. "linear": a matrix product, which ends in floats by itself.
 
     Arrays: `<prefix>.codes` int8 in the weight's shape ("linear": [in, out]; "int32": uint8, 128 higher), `.scale` float32
     [out] and `.zero` int8 [out]; `.bias` int32 [out] and `.bias_scale` float32 [out], or `.bias` float32 [out] alone for
     "linear" and "float". "branch" has more: `.step`, `.offset`, `.mean` (0) and `.variance` (1), float32 [out], of the batch
     normalization that applies the first two. "sums": `.codes`, `.sum_zero` int8 [out], `.sum_scale`, `.sum_bias`
-    float32 [out]. "either", "conv or sums": those of both, and `.in_bytes` bool []. "int32": `.codes`, `.zero` uint8 [],
+    float32 [out]. "bytes or sums": those of both, `.common_step` float32 [], `.common_zero` uint8 [], and `.in_bytes`, `.alike`
+    (one scale) bool []. "conv or sums": those of both, and `.in_bytes` bool []. "int32": `.codes`, `.zero` uint8 [],
     `.multiplier`, `.offset` [out, 1, ...].
 
     Attributes:
@@ -60,8 +63,9 @@ class Product:
         layer: whose weight it is.
         kind: see above.
         into: of a "conv" or "conv or sums", the prefix of the input quantizer that alone reads its result.
-        ranges: of a "branch" or "either", at every width, highest first, the least and the greatest result of every channel;
-            calibrated at export.
+        ranges: of a "branch" or "bytes or sums", at every width, highest first, the least and the greatest result of every
+            channel; calibrated at export.
+        common_ranges: of a "bytes or sums", at every width, the ends of one range for all channels, around 0; likewise.
         bias: the tensor of the float bias, or None.
         norm: the batch normalization folded in, or None.
         epsilon: of the batch normalization.
@@ -72,6 +76,7 @@ class Product:
     kind: str
     into: str | None
     ranges: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
+    common_ranges: tuple[tuple[float, float], ...]
     bias: str | None
     norm: str | None
     epsilon: float
@@ -114,7 +119,9 @@ class Bindings:
         """
         value = strict_json(text)
         products = [
-            entry | {"ranges": tuple((tuple(least), tuple(greatest)) for least, greatest in entry["ranges"])}
+            entry
+            | {"ranges": tuple((tuple(least), tuple(greatest)) for least, greatest in entry["ranges"])}
+            | {"common_ranges": tuple((low, high) for low, high in entry["common_ranges"])}
             for entry in value["products"]
         ]
         return cls(
@@ -137,6 +144,7 @@ class Bindings:
             _need(
                 isinstance(quantizer.prefix, str) and quantizer.layer in layers, f"a quantizer of {quantizer.layer!r}"
             )
+            _need(isinstance(quantizer.nonnegative, bool), f"a quantizer of {quantizer.layer!r}")
             for bound in (quantizer.least, quantizer.greatest):
                 _need(bound is None or _is_finite(bound), f"a bound {bound!r}")
         for product in self.products:
@@ -144,11 +152,15 @@ class Bindings:
             _need(product.kind in _KINDS and product.into in (None, *prefixes), f"a product of kind {product.kind!r}")
             _need(_is_finite(product.epsilon), f"an epsilon {product.epsilon!r}")
             channels = layers[product.layer].shape[0]
-            if product.kind in ("branch", "either"):
+            if product.kind in ("branch", "bytes or sums"):
                 _need(len(product.ranges) == len(header.widths), f"the ranges of {product.layer!r}")
                 for least, greatest in product.ranges:
                     whole = len(least) == len(greatest) == channels and all(map(_is_finite, (*least, *greatest)))
                     _need(whole and all(map(float.__le__, map(float, least), map(float, greatest))), "a range")
+            if product.kind == "bytes or sums":
+                _need(len(product.common_ranges) == len(header.widths), f"the common ranges of {product.layer!r}")
+                for low, high in product.common_ranges:
+                    _need(_is_finite(low) and _is_finite(high) and low <= 0 <= high, "a common range")
             if product.bias is not None:
                 _need(tensors[product.bias].shape == (channels,), f"the bias of {product.layer!r}")
             if product.norm is not None:

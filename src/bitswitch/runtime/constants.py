@@ -22,8 +22,10 @@ _SIGNED_ZERO_POINT = 128
 _SATURATION = 2**15
 # A byte of a branch is fine enough where every layer has this many bits.
 _LEAST_BITS_IN_BYTES = 8
+# One scale for all channels of a branch is fine enough where it makes the noise at most this many times as strong (6 dB).
+_MOST_NOISE = 4
 # A whole bias is fine enough where it moves at most this share of the thresholds that results come near.
-_MOST_MOVED = 1e-4
+_MOST_MOVED = 2e-2
 
 
 def values(
@@ -33,6 +35,7 @@ def values(
     assignment: Mapping[str, int],
     *,
     filled: Callable[[int], bool] = lambda width: True,
+    saturating: bool = False,
 ) -> Arrays:
     """Every constant that the graph leaves open, by name.
 
@@ -42,11 +45,13 @@ def values(
         tensors: of the artifact, by name.
         assignment: the width of every layer.
         filled: whether codes of a width are shifted to fill a byte; otherwise they are what `codes.narrow` gives.
+        saturating: whether input codes of fewer bits lie at the upper end of a byte, where the quantizer's own saturation clips
+            them, wherever what is quantized is never negative. Only where two products may exceed 16 bits.
     """
     artifact = _Artifact(header, tensors, assignment)
     found: Arrays = {}
     for quantizer in bindings.quantizers:
-        found |= _named(quantizer.prefix, _quantizer(artifact, quantizer))
+        found |= _named(quantizer.prefix, _quantizer(artifact, quantizer, saturating))
     for product in bindings.products:
         found |= _named(product.prefix, _product(artifact, product, _thresholds(product, found), filled))
     for constant in bindings.constants:
@@ -153,7 +158,7 @@ def _named(prefix: str, arrays: Mapping[str, np.ndarray]) -> Arrays:
     return {f"{prefix}.{key}": array for key, array in arrays.items()}
 
 
-def _quantizer(artifact: _Artifact, quantizer: Quantizer) -> Arrays:
+def _quantizer(artifact: _Artifact, quantizer: Quantizer, saturating: bool) -> Arrays:
     scale = artifact.input_scale(quantizer.layer)
     zero = artifact.zero_point(quantizer.layer)
     low, high = artifact.code_range(quantizer.layer)
@@ -165,12 +170,15 @@ def _quantizer(artifact: _Artifact, quantizer: Quantizer) -> Arrays:
         low if quantizer.least is None else code(quantizer.least),
         high if quantizer.greatest is None else code(quantizer.greatest),
     )
+    clips = (low, high) != (0, 255)
+    if saturating and quantizer.nonnegative and zero == low == 0:
+        zero, low, high, clips = 255 - high, 255 - high, 255, False
     return {
         "scale": np.asarray(scale, np.float32),
         "zero": np.asarray(zero, np.uint8),
         "low": np.asarray(low, np.uint8),
         "high": np.asarray(high, np.uint8),
-        "clips": np.asarray((low, high) != (0, 255)),
+        "clips": np.asarray(clips),
     }
 
 
@@ -211,11 +219,14 @@ def _product(artifact: _Artifact, product: Product, thresholds: np.ndarray, fill
         return _sums(codes, scale, c)
     # Weights that are packed are computed in floats, whatever the graph: there is no matrix of patches of them.
     all_in_bytes = shift != fine_shift or min(artifact.assignment.values()) >= _LEAST_BITS_IN_BYTES
-    if product.kind in ("branch", "either"):
-        found, exact = _branch(artifact, product, codes, scale, c, 2**shift)
-        if product.kind == "branch":
-            return found
-        return found | _sums(codes, scale, c) | {"in_bytes": np.asarray(all_in_bytes or exact)}
+    if product.kind == "branch":
+        return _bytes_of_channels(artifact, product, codes, scale, c, 2**shift)[0]
+    if product.kind == "bytes or sums":
+        found, exact = _bytes_of_channels(artifact, product, codes, scale, c, 2**shift)
+        common = _bytes(artifact, product, codes, scale, c)
+        alike = not exact and _are_alike(found["step"], common["common_step"])
+        flags = {"in_bytes": np.asarray(all_in_bytes or exact), "alike": np.asarray(alike)}
+        return _sums(codes, scale, c) | ((found | common) if alike else (common | found)) | flags
     sums = _sums(codes, scale, c)
     fine = 2 ** (fine_shift - shift)
     codes, scale = with_room(codes, scale, np.abs(c) / input_scale * fine)
@@ -240,7 +251,7 @@ def _convolution(codes: np.ndarray, scale: np.ndarray, bias: np.ndarray, bias_sc
     }
 
 
-def _branch(
+def _bytes_of_channels(
     artifact: _Artifact, product: Product, codes: np.ndarray, scale: np.ndarray, c: np.ndarray, step: int
 ) -> tuple[Arrays, bool]:
     """A convolution whose result has 8 bits in every channel; and whether these are its very sums, in all channels.
@@ -264,6 +275,24 @@ def _branch(
         "mean": np.zeros(len(codes), np.float32),
         "variance": np.ones(len(codes), np.float32),
     }, bool((width == grid).all())
+
+
+def _bytes(artifact: _Artifact, product: Product, codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:
+    """A convolution whose result has 8 bits, on one scale for all channels."""
+    low, high = product.common_ranges[artifact.row(product.layer)]
+    step = max((high - low) / 255, LEAST_SCALE)
+    input_scale = float(artifact.input_scale(product.layer))
+    codes, scale = with_room(codes, scale, np.abs(c) / input_scale)
+    bias = np.round(c / (input_scale * scale))
+    return _convolution(codes, scale / step, bias, input_scale * scale / step) | {
+        "common_step": np.asarray(step, np.float32),
+        "common_zero": np.asarray(np.round(-low / step), np.uint8),
+    }
+
+
+def _are_alike(steps: np.ndarray, common: np.ndarray) -> bool:
+    """Whether the rounding to one step for all channels makes little more noise than that to a step for each."""
+    return bool(common**2 <= _MOST_NOISE * np.square(steps, dtype=np.float64).mean())
 
 
 def _sums(codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:

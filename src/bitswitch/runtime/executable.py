@@ -21,8 +21,13 @@ KEY = "bitswitch"
 _PRECISION = "session.x64quantprecision"
 # Errors are raised, and would be told twice.
 _FATAL_ALONE = 4
-# It would move quantizers across poolings, whose kernels are slower for bytes than for floats; ours stand where they should.
-_PROPAGATION = "QDQPropagationTransformer"
+_DISABLED = [
+    # It would move quantizers across poolings, whose kernels are slower for bytes than for floats.
+    "QDQPropagationTransformer",
+    # It would put channels first, where convolutions have them until they are fused.
+    "TransposeOptimizer",
+    "TransposeOptimizer_CPUExecutionProvider",
+]
 
 
 class Executable:
@@ -99,7 +104,7 @@ def _session(graph: bytes, arrays: Arrays, options: Any) -> Any:
     ort = _onnxruntime()
     values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
     options.add_external_initializers(list(arrays), values)
-    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=[_PROPAGATION])
+    return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED)
 
 
 def _options(threads: int, *, precise: bool) -> Any:
@@ -119,13 +124,18 @@ def _onnxruntime() -> Any:
     return require("onnxruntime", "runtime")
 
 
+def adds_exactly() -> bool:
+    """Whether ONNX Runtime's kernels of bytes add any two products exactly on this machine: not on x86 without VNNI."""
+    return _convolves(precise=False)
+
+
 def _must_be_precise(may_saturate: bool) -> bool:
     """Whether ONNX Runtime must be told not to let sums of two products saturate, on this machine.
 
     Raises:
         UserError: it computes a convolution wrongly even where it is told.
     """
-    precise = may_saturate and not _convolves(precise=False)
+    precise = may_saturate and not adds_exactly()
     if not _convolves(precise=True):
         raise UserError(
             "this ONNX Runtime computes a convolution of bytes wrongly on this machine: install another version"

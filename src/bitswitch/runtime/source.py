@@ -14,7 +14,7 @@ from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError
 from bitswitch.runtime.bindings import Bindings
 from bitswitch.runtime.constants import Arrays, may_saturate, values
-from bitswitch.runtime.executable import KEY, Executable, fused_operations
+from bitswitch.runtime.executable import KEY, Executable, adds_exactly, fused_operations
 from bitswitch.runtime.protobuf import metadata
 
 
@@ -67,7 +67,7 @@ class Source:
 
     def arrays(self, assignment: Mapping[str, int]) -> Arrays:
         """The graph's constants at an assignment, by name."""
-        return values(self.bindings, self.header, self.tensors, assignment)
+        return values(self.bindings, self.header, self.tensors, assignment, saturating=adds_exactly())
 
     def may_saturate(self, arrays: Arrays, assignment: Mapping[str, int]) -> bool:
         """Whether sums of two products can exceed 16 bits with these constants; see `constants.may_saturate`."""
