@@ -152,6 +152,48 @@ def test_packed_weights(tmp_path, concatenating, weights):
             assert np.array_equal(found, narrow(layer.stored_codes().numpy(), 8, bits))
 
 
+class Heads(nn.Module):
+    """Results of convolutions, channels last as detectors have them, and one of them twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.body, self.head, self.other = (nn.Conv2d(8, n, 3, padding=1) for n in (8, 4, 6))
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x = self.body(self.first(x).relu()).relu()
+        found, other = self.head(x), self.other(x)
+        return found.permute(0, 2, 3, 1), other, found, found, self.last(other)
+
+
+@pytest.mark.parametrize("additions", ["requantized", "exact"])
+def test_results_of_convolutions_may_be_results_of_the_network(tmp_path, additions):
+    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = quantized(Heads, x)
+    bs.save(model, tmp_path / "a", example_inputs=x, additions=additions)
+    for width in (8, 6, 4, 2):
+        export_file(tmp_path / "a", tmp_path / "m.onnx", wanted=width)
+        with bs.switched(model, width), torch.no_grad():
+            expected = [y.numpy() for y in model(x)]
+        session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+        for results in (session.run(None, {"x": x.numpy()}), Session(tmp_path / "a", bits=width).run(x.numpy())):
+            assert len(results) == 5
+            for found, y in zip(results, expected, strict=True):
+                assert found.shape == y.shape and snr_db(y, found) > 25, width
+
+
+@pytest.mark.parametrize("size", [32, 64, 100])
+def test_the_range_of_a_branch_is_that_of_all_its_pixels(size):
+    """Though many results are looked at in part, and their borders are quieter than what lies inside."""
+    result = np.random.default_rng(0).normal(size=(128, 2**22 // (128 * size), size, 2)).astype(np.float32)
+    result[:, :, :, 0] *= 0.01
+    low, high, loss = graph_module._common_range(result)
+    assert 3 < -low < 7 and 3 < high < 7
+    step = (high - low) / 255
+    assert 0.8 < loss / (step / 12**0.5) < 1.5
+
+
 def test_a_graph_that_computes_something_else_is_not_written(tmp_path, concatenating, monkeypatch):
     model, x = concatenating
     arrays = graph_module.IntegerGraph.arrays

@@ -19,9 +19,9 @@ from bitswitch.runtime.bindings import Product
 # the addition of the bias behind it. Files of ONNX have the standard form; see `standard_sums`.
 ORT_DOMAIN, SUMS = "com.microsoft", "MatMulIntegerToFloat"
 
-# The least and the greatest result of every channel; the ends of a range for all channels.
+# The least and the greatest result of every channel; the ends of a range for all channels, and what its bytes lose.
 ChannelRange = tuple[tuple[float, ...], tuple[float, ...]]
-Range = tuple[float, float]
+Range = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,13 @@ def _either(
     lowering: Lowering, site: _Site, flag: str, then: Sequence[ir.Node], otherwise: Sequence[ir.Node]
 ) -> ir.Node:
     """An If on a constant of a product."""
-    branches = {}
+    forms = {}
     for key, nodes in (("then_branch", then), ("else_branch", otherwise)):
         result = nodes[-1].outputs[0]
         result.type = ir.TensorType(ir.DataType.FLOAT if site.reader is None else ir.DataType.UINT8)
-        branches[key] = ir.Graph([], [result], nodes=nodes, name=key)
+        forms[key] = ir.Graph([], [result], nodes=nodes, name=key)
     prefix = f"{site.product.prefix}.{flag}"
-    return ir.node("If", [lowering.constant(prefix)], branches, outputs=[ir.Value(name=f"{prefix}.either")])
+    return ir.node("If", [lowering.constant(prefix)], forms, outputs=[ir.Value(name=f"{prefix}.either")])
 
 
 def _codes(site: _Site) -> list[ir.Node]:
@@ -376,6 +376,5 @@ def standard_sums(model: ir.Model) -> None:
         x = chain.add("MatMul", [x, matrix], "product")
         x = chain.add("Add", [x, bias], "biased")
         model.graph.insert_before(node, chain.nodes)
-        node.outputs[0].replace_all_uses_with(x)
-        model.graph.remove(node, safe=True)
+        take_place(model.graph, node.outputs[0], x)
     model.opset_imports.pop(ORT_DOMAIN, None)

@@ -32,7 +32,7 @@ _ROUNDING = 1e-9
 _DISTURBANCE = 2.0**-8
 # How far the range of a channel reaches beyond what the example inputs showed, either way.
 _ROOM = 0.1
-# Shares of it that are tried as the range of all channels, on so many results.
+# Shares of what they showed that are tried as the range of all channels, on so many results.
 _SHARES, _SEEN = np.linspace(1, 0.3, 15), 2**18
 
 
@@ -142,17 +142,21 @@ def _extremes(result: np.ndarray) -> ChannelRange:
 
 
 def _common_range(result: np.ndarray) -> Range:
-    """The range around 0 in which 8 bits for all channels lose least: what rounding loses, and what lies beyond, squared."""
-    seen = result.reshape(-1)[:: max(result.size // _SEEN, 1)].astype(np.float64)
-    low, high = min(seen.min(), 0.0), max(seen.max(), 0.0)
+    """The range around 0 in which 8 bits for all channels lose least, and the root of the mean square of what they lose.
+
+    That is what rounding loses, and what lies beyond the range.
+    """
+    low, high = min(float(result.min()), 0.0), max(float(result.max()), 0.0)
+    # At random: every so-and-so-many-th result may be that of one column of every image.
+    seen = result.reshape(-1)[np.random.default_rng(0).integers(result.size, size=_SEEN)].astype(np.float64)
 
     def loss(share: float) -> float:
         step = max(share * (high - low) / 255, LEAST_SCALE)
         zero = np.round(-share * low / step)
-        return float(np.square((np.clip(np.round(seen / step) + zero, 0, 255) - zero) * step - seen).mean())
+        return float(np.sqrt(np.square((np.clip(np.round(seen / step) + zero, 0, 255) - zero) * step - seen).mean()))
 
     share = min(_SHARES, key=loss)
-    return _short(share * low), _short(share * high)
+    return _short(share * low), _short(share * high), _short(loss(share))
 
 
 def _short(number: float) -> float:

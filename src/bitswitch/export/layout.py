@@ -73,7 +73,9 @@ def sink(graph: ir.Graph, order: Sequence[int]) -> None:
         if not sources:
             continue
         if _order(node) == inverse:
-            take_place(graph, node.outputs[0], sources[0])
+            # An input of the network, and another result of it, keep their own names.
+            if sources[0].producer() is not None and not sources[0].is_graph_output():
+                take_place(graph, node.outputs[0], sources[0])
         elif node.op_type in _ELEMENTWISE and all(_is_free(node, value, len(order)) for value in node.inputs):
             inputs = [
                 transposed(graph, value, inverse) if value is not None and _rank(value) == len(order) else value

@@ -253,12 +253,10 @@ def only_user(value: ir.Value) -> ir.Node | None:
 
 def take_place(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     """Let all read `new` where they read `old`; the nodes that only made `old` go."""
-    new.shape, new.type = old.shape, old.type
+    new.shape, new.type = old.shape or new.shape, old.type or new.type
     if old.is_graph_output():
-        name = old.name
-        index = graph.outputs.index(old)
-        graph.outputs[index] = new
-        old.name, new.name = f"{name}.before", name
+        graph.outputs[:] = [new if value is old else value for value in graph.outputs]
+        old.name, new.name = f"{old.name}.before", old.name
     old.replace_all_uses_with(new)
     remove_dead(graph, old.producer())
 

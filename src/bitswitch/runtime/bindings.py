@@ -54,9 +54,9 @@ class Product:
     [out] and `.zero` int8 [out]; `.bias` int32 [out] and `.bias_scale` float32 [out], or `.bias` float32 [out] alone for
     "linear" and "float". "branch" has more: `.step`, `.offset`, `.mean` (0) and `.variance` (1), float32 [out], of the batch
     normalization that applies the first two. "sums": `.codes`, `.sum_zero` int8 [out], `.sum_scale`, `.sum_bias`
-    float32 [out]. "bytes or sums": those of both, `.common_step` float32 [], `.common_zero` uint8 [], and `.in_bytes`, `.alike`
-    (one scale) bool []. "conv or sums": those of both, and `.in_bytes` bool []. "int32": `.codes`, `.zero` uint8 [],
-    `.multiplier`, `.offset` [out, 1, ...].
+    float32 [out]. "bytes or sums": those of "branch" and "sums", `.common_step` float32 [], `.common_zero` uint8 [], and
+    `.in_bytes`, `.alike` (one scale) bool []. "conv or sums": those of "conv" and "sums", and `.in_bytes` bool []. "int32":
+    `.codes`, `.zero` uint8 [], `.multiplier`, `.offset` [out, 1, ...].
 
     Attributes:
         prefix: of the names of its arrays.
@@ -65,7 +65,8 @@ class Product:
         into: of a "conv" or "conv or sums", the prefix of the input quantizer that alone reads its result.
         ranges: of a "branch" or "bytes or sums", at every width, highest first, the least and the greatest result of every
             channel; calibrated at export.
-        common_ranges: of a "bytes or sums", at every width, the ends of one range for all channels, around 0; likewise.
+        common_ranges: of a "bytes or sums", at every width, the ends of one range for all channels, around 0, and the root of
+            the mean square of what its bytes lose; likewise.
         bias: the tensor of the float bias, or None.
         norm: the batch normalization folded in, or None.
         epsilon: of the batch normalization.
@@ -76,7 +77,7 @@ class Product:
     kind: str
     into: str | None
     ranges: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]
-    common_ranges: tuple[tuple[float, float], ...]
+    common_ranges: tuple[tuple[float, float, float], ...]
     bias: str | None
     norm: str | None
     epsilon: float
@@ -121,7 +122,7 @@ class Bindings:
         products = [
             entry
             | {"ranges": tuple((tuple(least), tuple(greatest)) for least, greatest in entry["ranges"])}
-            | {"common_ranges": tuple((low, high) for low, high in entry["common_ranges"])}
+            | {"common_ranges": tuple((low, high, loss) for low, high, loss in entry["common_ranges"])}
             for entry in value["products"]
         ]
         return cls(
@@ -159,8 +160,8 @@ class Bindings:
                     _need(whole and all(map(float.__le__, map(float, least), map(float, greatest))), "a range")
             if product.kind == "bytes or sums":
                 _need(len(product.common_ranges) == len(header.widths), f"the common ranges of {product.layer!r}")
-                for low, high in product.common_ranges:
-                    _need(_is_finite(low) and _is_finite(high) and low <= 0 <= high, "a common range")
+                for low, high, loss in product.common_ranges:
+                    _need(all(map(_is_finite, (low, high, loss))) and low <= 0 <= high, "a common range")
             if product.bias is not None:
                 _need(tensors[product.bias].shape == (channels,), f"the bias of {product.layer!r}")
             if product.norm is not None:

@@ -224,7 +224,7 @@ def _product(artifact: _Artifact, product: Product, thresholds: np.ndarray, fill
     if product.kind == "bytes or sums":
         found, exact = _bytes_of_channels(artifact, product, codes, scale, c, 2**shift)
         common = _bytes(artifact, product, codes, scale, c)
-        alike = not exact and _are_alike(found["step"], common["common_step"])
+        alike = not exact and _are_alike(found["step"], product.common_ranges[artifact.row(layer)][2])
         flags = {"in_bytes": np.asarray(all_in_bytes or exact), "alike": np.asarray(alike)}
         return _sums(codes, scale, c) | ((found | common) if alike else (common | found)) | flags
     sums = _sums(codes, scale, c)
@@ -279,7 +279,7 @@ def _bytes_of_channels(
 
 def _bytes(artifact: _Artifact, product: Product, codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:
     """A convolution whose result has 8 bits, on one scale for all channels."""
-    low, high = product.common_ranges[artifact.row(product.layer)]
+    low, high, _ = product.common_ranges[artifact.row(product.layer)]
     step = max((high - low) / 255, LEAST_SCALE)
     input_scale = float(artifact.input_scale(product.layer))
     codes, scale = with_room(codes, scale, np.abs(c) / input_scale)
@@ -290,9 +290,9 @@ def _bytes(artifact: _Artifact, product: Product, codes: np.ndarray, scale: np.n
     }
 
 
-def _are_alike(steps: np.ndarray, common: np.ndarray) -> bool:
-    """Whether the rounding to one step for all channels makes little more noise than that to a step for each."""
-    return bool(common**2 <= _MOST_NOISE * np.square(steps, dtype=np.float64).mean())
+def _are_alike(steps: np.ndarray, loss: float) -> bool:
+    """Whether one range for all channels loses little more than the rounding to a step for each."""
+    return bool(loss**2 <= _MOST_NOISE * np.square(steps, dtype=np.float64).mean() / 12)
 
 
 def _sums(codes: np.ndarray, scale: np.ndarray, c: np.ndarray) -> Arrays:
