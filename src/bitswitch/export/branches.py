@@ -255,7 +255,7 @@ class _Chain:
         return self.nodes[-1].outputs[0]
 
 
-def _convolution(chain: "_Chain", site: _Site) -> ir.Value:
+def _convolution(chain: _Chain, site: _Site) -> ir.Value:
     """The same convolution with dequantizers of its own.
 
     Outside an If, ONNX Runtime would go on to run them where it does not take this branch.
