@@ -1,9 +1,10 @@
 """The numbers that go where an integer graph leaves them open, at an assignment. NumPy alone.
 
 Activation codes are unsigned bytes: those of a signed quantizer lie 128 higher, with a zero-point of 128; those of what is
-never negative may lie at a byte's upper end, so that its saturation clips them. Weight codes of l < 8 bits are shifted left to fill a byte and their scale is divided by as much. That is the same weight exactly, and the
-integer bias, whose unit is the product of both scales, loses less by its rounding. They are shifted only so far that the sum of
-two products of an unsigned and a signed byte stays below 2^15, where x86 without VNNI saturates.
+never negative may lie at a byte's upper end, so that its saturation clips them. Weight codes of l < 8 bits are shifted left to
+fill a byte and their scale is divided by as much. That is the same weight exactly, and the integer bias, whose unit is the
+product of both scales, loses less by its rounding. They are shifted only so far that the sum of two products of an unsigned and
+a signed byte stays below 2^15, where x86 without VNNI saturates.
 """
 
 from collections.abc import Callable, Mapping
