@@ -5,19 +5,15 @@ matrix product of patches that ends in floats with the same sums to the last bit
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from bitswitch.export.layout import TO_FIRST, TO_LAST, sink, transposed
-from bitswitch.export.lowering import Lowering, only_user, remove_dead, take_place
+from bitswitch.export.lowering import Chain, Lowering, dequantizers, only_user, remove_dead, take_place
+from bitswitch.export.patches import sums_of_patches
 from bitswitch.runtime.bindings import Product
-
-# ONNX Runtime's own integer matrix product with a float result and a float bias: it makes one of a standard product, but leaves
-# the addition of the bias behind it. Files of ONNX have the standard form; see `standard_sums`.
-ORT_DOMAIN, SUMS = "com.microsoft", "MatMulIntegerToFloat"
 
 # The least and the greatest result of every channel; the ends of a range for all channels, and what its bytes lose.
 ChannelRange = tuple[tuple[float, ...], tuple[float, ...]]
@@ -63,7 +59,7 @@ def end_in_bytes(lowering: Lowering, ranges: Mapping[int, Ranges]) -> None:
             if site.has_patches:
                 kind = "bytes or sums"
                 nodes = [_either(lowering, site, "alike", _bytes(lowering, site), nodes)]
-                nodes = [_either(lowering, site, "in_bytes", nodes, _sums(lowering, site))]
+                nodes = [_either(lowering, site, "in_bytes", nodes, sums_of_patches(lowering, site.product, site.node))]
         elif site.is_image:
             kind, nodes = "conv", _codes(site)
             if site.has_patches:
@@ -86,7 +82,7 @@ def end_in_sums(lowering: Lowering) -> None:
     """
     for i, site in _sites(lowering).items():
         if site.has_patches:
-            kind, nodes = "sums", _sums(lowering, site)
+            kind, nodes = "sums", sums_of_patches(lowering, site.product, site.node)
         elif site.reader is None:
             kind, nodes = "int32", _int32(lowering, site)
         elif site.is_image:
@@ -184,7 +180,7 @@ def _either(
 def _codes(site: _Site) -> list[ir.Node]:
     """A convolution that ends in the codes of its reader."""
     assert site.reader is not None
-    chain = _Chain(site.product.prefix)
+    chain = Chain(site.product.prefix)
     x = _convolution(chain, site)
     x = chain.add("QuantizeLinear", [x, *site.reader.inputs[1:]], "bytes")
     chain.add("Transpose", [x], "bytes_last", {"perm": TO_LAST})
@@ -194,17 +190,17 @@ def _codes(site: _Site) -> list[ir.Node]:
 def _sums_in_codes(lowering: Lowering, site: _Site) -> list[ir.Node]:
     """Exact sums that end in the codes of their reader."""
     assert site.reader is not None
-    nodes = _sums(lowering, site)
-    chain = _Chain(f"{site.product.prefix}.sums", nodes)
+    nodes = sums_of_patches(lowering, site.product, site.node)
+    chain = Chain(f"{site.product.prefix}.sums", nodes)
     chain.add("QuantizeLinear", [nodes[-1].outputs[0], *site.reader.inputs[1:]], "bytes")
     return nodes
 
 
 def _bytes(lowering: Lowering, site: _Site) -> list[ir.Node]:
     """A convolution that ends in 8 bits, of one scale, and the floats that they stand for."""
-    chain = _Chain(f"{site.product.prefix}.alike")
+    chain = Chain(f"{site.product.prefix}.alike")
     one, step, byte = (
-        _fixed(lowering, "one", np.float32(1)),
+        lowering.fixed("one", np.float32(1)),
         lowering.constant(f"{site.product.prefix}.common_step"),
         lowering.constant(f"{site.product.prefix}.common_zero"),
     )
@@ -218,12 +214,12 @@ def _bytes(lowering: Lowering, site: _Site) -> list[ir.Node]:
 def _bytes_of_channels(lowering: Lowering, site: _Site) -> list[ir.Node]:
     """A convolution that ends in 8 bits, with a scale for every channel, and the floats that they stand for."""
     prefix = site.product.prefix
-    one = _fixed(lowering, "one", np.float32(1))
-    zero = _fixed(lowering, "zero", np.uint8(0))
+    one = lowering.fixed("one", np.float32(1))
+    zero = lowering.fixed("zero", np.uint8(0))
     step, offset, mean, variance = (
         lowering.constant(f"{prefix}.{key}") for key in ("step", "offset", "mean", "variance")
     )
-    chain = _Chain(prefix)
+    chain = Chain(prefix)
     x = _convolution(chain, site)
     x = chain.add("QuantizeLinear", [x, one, zero], "bytes")
     x = chain.add("DequantizeLinear", [x, one, zero], "steps")
@@ -234,103 +230,20 @@ def _bytes_of_channels(lowering: Lowering, site: _Site) -> list[ir.Node]:
     return chain.nodes
 
 
-@dataclass
-class _Chain:
-    """Nodes that are not in a graph yet."""
-
-    prefix: str
-    nodes: list[ir.Node] = field(default_factory=list)
-
-    def add(
-        self,
-        op: str,
-        inputs: Sequence[ir.Value | None],
-        name: str,
-        attributes: Mapping[str, Any] | None = None,
-        *,
-        domain: str = "",
-    ) -> ir.Value:
-        outputs = [ir.Value(name=f"{self.prefix}.{name}")]
-        self.nodes.append(ir.node(op, inputs, attributes, outputs=outputs, domain=domain))
-        return self.nodes[-1].outputs[0]
-
-
-def _convolution(chain: _Chain, site: _Site) -> ir.Value:
+def _convolution(chain: Chain, site: _Site) -> ir.Value:
     """The same convolution with dequantizers of its own.
 
     Outside an If, ONNX Runtime would go on to run them where it does not take this branch.
     """
-    dequantizers = _dequantizers(site.node)
-    codes = dequantizers[0].inputs[0]
+    givers = dequantizers(site.node)
+    codes = givers[0].inputs[0]
     if site.is_image:
         codes = chain.add("Transpose", [codes], "codes_first", {"perm": TO_FIRST})
     inputs = [
         chain.add("DequantizeLinear", [codes if i == 0 else given.inputs[0], *given.inputs[1:]], key, given.attributes)
-        for i, (key, given) in enumerate(zip(("dequantized", "weight", "float_bias"), dequantizers, strict=True))
+        for i, (key, given) in enumerate(zip(("dequantized", "weight", "float_bias"), givers, strict=True))
     ]
     return chain.add("Conv", inputs, "conv", site.node.attributes)
-
-
-def _dequantizers(node: ir.Node) -> list[ir.Node]:
-    """Those before a convolution: of its input, its weight and its bias."""
-    found = [None if value is None else value.producer() for value in node.inputs]
-    return [giver for giver in found if giver is not None]
-
-
-def _sums(lowering: Lowering, site: _Site) -> list[ir.Node]:
-    """A convolution as an integer matrix product of patches, which ends in floats by itself: its sums are exact.
-
-    ONNX Runtime's ConvInteger takes two to four times as long. The bytes of a patch are brought together by columns first, then
-    by rows, channels last, so that few and long runs are copied.
-    """
-    product, node = site.product, site.node
-    x, scale, zero = _dequantizers(node)[0].inputs
-    shape = next(entry.shape for entry in lowering.header.layers if entry.name == product.layer)
-    pads = list(node.attributes.get_ints("pads", (0, 0, 0, 0)))
-    strides = node.attributes.get_ints("strides", (1, 1))
-    dilations = node.attributes.get_ints("dilations", (1, 1))
-    chain = _Chain(f"{product.prefix}.sums")
-    assert x is not None
-    if any(pads):
-        x = chain.add("Pad", [x, _whole(lowering, [0, *pads[:2], 0, 0, *pads[2:], 0]), zero], "padded")
-    for axis in (2, 1):
-        x = _windows(lowering, chain, x, axis, shape[axis + 1], strides[axis - 1], dilations[axis - 1])
-    weight, weight_scale, weight_zero, bias = (
-        lowering.constant(f"{product.prefix}.{key}") for key in ("codes", "sum_scale", "sum_zero", "sum_bias")
-    )
-    matrix = chain.add("Transpose", [weight], "last", {"perm": [2, 3, 1, 0]})
-    matrix = chain.add("Reshape", [matrix, _whole(lowering, [-1, shape[0]])], "matrix")
-    lowering.model.opset_imports[ORT_DOMAIN] = 1
-    chain.add(SUMS, [x, matrix, scale, weight_scale, zero, weight_zero, bias], "result", domain=ORT_DOMAIN)
-    return chain.nodes
-
-
-def _windows(
-    lowering: Lowering, chain: _Chain, x: ir.Value, axis: int, size: int, stride: int, dilation: int
-) -> ir.Value:
-    """What a kernel meets along an axis, side by side in the channels."""
-    if size == 1 and stride == 1:
-        return x
-    taken = []
-    for i in range(size):
-        # To the place from which the last step still has the whole kernel before it.
-        end = (i + 1 - size) * dilation or np.iinfo(np.int32).max
-        arguments = [_whole(lowering, [number]) for number in (i * dilation, end, axis, stride)]
-        taken.append(chain.add("Slice", [x, *arguments], f"axis{axis}.{i}"))
-    return taken[0] if size == 1 else chain.add("Concat", taken, f"axis{axis}", {"axis": 3})
-
-
-def _whole(lowering: Lowering, numbers: Sequence[int]) -> ir.Value:
-    """A constant of whole numbers that is in the graph."""
-    return _fixed(lowering, "_".join(map(str, numbers)), np.asarray(numbers, np.int64))
-
-
-def _fixed(lowering: Lowering, name: str, array: np.generic | np.ndarray) -> ir.Value:
-    """A constant that is in the graph."""
-    value = lowering.constant(f"bitswitch.{name}")
-    value.const_value = ir.tensor(np.asarray(array), name=value.name)
-    value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
-    return value
 
 
 def end_in_floats(lowering: Lowering) -> None:
@@ -347,12 +260,12 @@ def end_in_floats(lowering: Lowering) -> None:
 
 def _int32(lowering: Lowering, site: _Site) -> list[ir.Node]:
     """A convolution that ends in int32, with a float multiplication and addition behind."""
-    codes, _, zero = _dequantizers(site.node)[0].inputs
+    codes, _, zero = dequantizers(site.node)[0].inputs
     prefix = site.product.prefix
     weight, weight_zero, multiplier, offset = (
         lowering.constant(f"{prefix}.{key}") for key in ("codes", "zero", "multiplier", "offset")
     )
-    chain = _Chain(prefix)
+    chain = Chain(prefix)
     if site.is_image:
         codes = chain.add("Transpose", [codes], "codes_first", {"perm": TO_FIRST})
     x = chain.add("ConvInteger", [codes, weight, zero, weight_zero], "int32", site.node.attributes)
@@ -362,19 +275,3 @@ def _int32(lowering: Lowering, site: _Site) -> list[ir.Node]:
     if site.is_image:
         chain.add("Transpose", [x], "result_last", {"perm": TO_LAST})
     return chain.nodes
-
-
-def standard_sums(model: ir.Model) -> None:
-    """Write integer matrix products that are ONNX Runtime's own as ONNX has them: between quantizers."""
-    for node in list(model.graph):
-        if node.op_type != SUMS:
-            continue
-        x, matrix, scale, weight_scale, zero, weight_zero, bias = node.inputs
-        chain = _Chain(str(node.outputs[0].name))
-        x = chain.add("DequantizeLinear", [x, scale, zero], "patches")
-        matrix = chain.add("DequantizeLinear", [matrix, weight_scale, weight_zero], "matrix", {"axis": 1})
-        x = chain.add("MatMul", [x, matrix], "product")
-        x = chain.add("Add", [x, bias], "biased")
-        model.graph.insert_before(node, chain.nodes)
-        take_place(model.graph, node.outputs[0], x)
-    model.opset_imports.pop(ORT_DOMAIN, None)

@@ -32,9 +32,8 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
     """
     require("onnx", "onnx")
     require("onnxscript", "onnx")
-    # Both need the extra; the fold is onnxscript's, which torch's exporter uses as well.
-    from onnxscript.optimizer import fold_constants, remove_unused_nodes
-    from onnxscript.rewriter.rules.common import materialize_reshape_shape_rule
+    # Both need the extra.
+    from bitswitch.export.simplify import simplify
 
     inputs = _batch_of_two(example_inputs)
     batch = torch.export.Dim("batch")
@@ -61,10 +60,7 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
         if name in tensors or name in weights:
             # Not a constant any more, so that nothing folds it.
             graph.inputs.append(graph.initializers.pop(name))
-    fold_constants(program.model)
-    # Four small nodes of every run, where a view keeps the batch.
-    materialize_reshape_shape_rule.apply_to_model(program.model)
-    remove_unused_nodes(program.model)
+    simplify(program.model)
     return program.model
 
 

@@ -14,12 +14,14 @@ from bitswitch.errors import UserError, nearest, require
 from bitswitch.export.artifact import Additions
 from bitswitch.export.branches import ChannelRange, Range, Ranges, branches, end_in_bytes, end_in_floats, end_in_sums
 from bitswitch.export.float_graph import float_graph
-from bitswitch.export.lowering import Lowering, lower_layers
+from bitswitch.export.layers import lower_layers
+from bitswitch.export.lowering import Lowering
 from bitswitch.nn import evaluating, switched
 from bitswitch.nn.switch import quantized_layers
 from bitswitch.runtime.bindings import Bindings
 from bitswitch.runtime.constants import Arrays, values
 from bitswitch.runtime.executable import KEY, Executable
+from bitswitch.runtime.packing import packed
 from bitswitch.runtime.whole_bias import LEAST_SCALE
 
 # A graph that computes something else is off by as much as results vary from input to input, or more; eight-bit branches and
@@ -186,7 +188,7 @@ def session_graph(
     example_inputs: Tensor | tuple[Any, ...],
     additions: Additions = "requantized",
 ) -> np.ndarray:
-    """The tensor `graph` of an artifact: uint8, one dimension.
+    """The tensor `graph` of an artifact, packed: uint8, one dimension.
 
     Args:
         model: the quantized model.
@@ -198,8 +200,7 @@ def session_graph(
     Raises:
         UserError: an extra is not installed, the network cannot be exported, or the graph does not compute what it does.
     """
-    content = stored(integer_graph(model, header, tensors, example_inputs, additions, sums=True))
-    return np.frombuffer(content, np.uint8)
+    return packed(stored(integer_graph(model, header, tensors, example_inputs, additions, sums=True)))
 
 
 def hold_against(

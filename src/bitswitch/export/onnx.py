@@ -14,10 +14,10 @@ from bitswitch import files
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError, nearest
 from bitswitch.export.artifact import Additions, contents
-from bitswitch.export.branches import standard_sums
 from bitswitch.export.decide import decide
 from bitswitch.export.graph import IntegerGraph, hold_against, integer_graph
 from bitswitch.export.layout import TO_LAST, sink
+from bitswitch.export.patches import standard_sums
 from bitswitch.nn import widths
 from bitswitch.runtime.bindings import Bindings, Product
 from bitswitch.runtime.executable import Executable

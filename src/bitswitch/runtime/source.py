@@ -15,6 +15,7 @@ from bitswitch.errors import UserError
 from bitswitch.runtime.bindings import Bindings
 from bitswitch.runtime.constants import Arrays, may_saturate, values
 from bitswitch.runtime.executable import KEY, Executable, adds_exactly, fused_operations
+from bitswitch.runtime.packing import unpacked
 from bitswitch.runtime.protobuf import metadata
 
 
@@ -120,8 +121,8 @@ def read(path: str | Path) -> Source:
             f"{path} holds no graph to run: where torch is, `bitswitch export {path}` adds it, or "
             "bitswitch.save(..., example_inputs=x)"
         )
-    graph = tensors.pop(GRAPH).tobytes()
     try:
+        graph = unpacked(tensors.pop(GRAPH))
         bindings = Bindings.from_text(metadata(graph)[KEY])
         bindings.check(located.header, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

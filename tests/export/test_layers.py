@@ -2,7 +2,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from bitswitch.export.lowering import _is_nonnegative
+from bitswitch.export.layers import _is_nonnegative
 
 
 def chain(*ops):
