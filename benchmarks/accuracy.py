@@ -7,10 +7,11 @@
 result file: every other job of that seed starts from this file, so that drops are from one and the same float network.
 `glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is ten and also scored on test. A way of training
 that visits two of four widths in a step costs half: `*-twice-as-long` is twice as many epochs, for as many forwards as the
-others have. A job that was killed goes on from its last epoch while --work is there; a job whose file is there is done.
-`make results` writes docs/results.md from the files. On a machine that others use, OMP_NUM_THREADS=1 gives more images a
-second, and with glibc MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=4000000000 keep memory from step to step, whose
-page faults took a fifth of the time of two trainings beside each other.
+others have; of three widths (`*-432`), half as many again. A job that was killed goes on from its last epoch while --work
+is there; a job whose file is there is done. `make results` writes docs/results.md from the files. On a machine that others
+use, OMP_NUM_THREADS=1 gives more images a second, and with glibc MALLOC_MMAP_THRESHOLD_=4000000000
+MALLOC_TRIM_THRESHOLD_=4000000000 keep memory from step to step, whose page faults took a fifth of the time of two trainings
+beside each other.
 """
 
 import argparse
@@ -94,6 +95,8 @@ _HALF = "kd-float-drawn-2-scale-lr-2e-3"
 OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 VARIANTS |= {OURS: TAUGHT_ALONE} | {f"{OURS}-{name}": (*TAUGHT_ALONE, override) for name, override in BESIDE.items()}
 VARIANTS |= {f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for variant in ("paper", "lsq", OURS)}
+# Two of three widths a step, for as many forwards as the ten epochs of the others have.
+VARIANTS[f"{OURS}-432"] += ("train.epochs=15",)
 _SCREENED = (
     *("ours", "paper", "drawn-2", f"drawn-2{TWICE}", "kd-float", "scale-lr-2e-3", _HALF + TWICE, OURS + TWICE),
     *(f"{_HALF}-batch-64{TWICE}", *(f"{OURS}-{name}{TWICE}" for name in BESIDE)),
