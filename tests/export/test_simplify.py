@@ -59,6 +59,15 @@ def test_a_slice_of_a_slice(first, second, left, read_outside):
     assert simplified(model(nodes, constants, outputs, [x])) == ["Slice"] * (2 if read_outside else left)
 
 
+def test_a_view_that_shares_out_two_unknown_sizes_stays():
+    """(2, 3, 6, 8) without its rows, (2, 3, 8), and (4, 3, 4) are both (?, 3, ?)."""
+    x, over, shape = value("x", (None, 3, 6, None)), whole("axes", [2]), whole("shape", (4, 3, 4))
+    mean = ir.node("ReduceMean", [x, over], outputs=[value("mean", (None, 3, 1, None))])
+    out = value("view", (None, 3, None))
+    reshape = ir.node("Reshape", [mean.outputs[0], shape], outputs=[out])
+    assert simplified(model([mean, reshape], [over, shape], [out], [x])) == ["ReduceMean", "Reshape"]
+
+
 @pytest.mark.parametrize(
     ("axes", "keepdims", "view", "left"),
     [

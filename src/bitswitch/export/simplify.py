@@ -58,7 +58,9 @@ class _ViewOfMean(RewriteRuleClassBase):
         gone = {int(axis) % rank for axis in over.numpy()}
         left = [x.shape[axis] for axis in range(rank) if axis not in gone]
         keeps = node.attributes.get_int("keepdims", 1) == 1 and len(gone) > 0
-        return MatchResult() if keeps and left == list(view.shape) else MatchResult().fail("another view")
+        # One size that is not known follows from the others; two might be shared out otherwise.
+        same = left == list(view.shape) and sum(not isinstance(size, int) for size in left) <= 1
+        return MatchResult() if keeps and same else MatchResult().fail("another view")
 
     def rewrite(self, op: Any, x: Any, axes: Any, **_: Any) -> Any:
         return op.ReduceMean(x, axes, keepdims=0)
