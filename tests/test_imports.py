@@ -20,7 +20,7 @@ LEVELS = [
     {"nn", "runtime"},
     {"models", "data"},
     {"training", "search", "export"},
-    {"config", "rundir", "machine"},
+    {"config", "rundir", "machine", "subject"},
     {"pipeline", "evaluation"},
     {"deployment", "bench"},
     {"cli"},

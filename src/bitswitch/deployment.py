@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from bitswitch import artifact, files
 from bitswitch.errors import UserError, nearest, require
-from bitswitch.evaluation import assignments_named, example_images
+from bitswitch.evaluation import assignments_named
 from bitswitch.export import add_graph, load
 from bitswitch.export.artifact import Additions
 from bitswitch.models import is_trusted
 from bitswitch.rundir import RunDirectory
+from bitswitch.subject import example_images
 
 CALIBRATION_IMAGES = 64
 

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from bitswitch import artifact, files
 from bitswitch.artifact import check_choice, within_budget
 from bitswitch.assignment import Assignment
-from bitswitch.data import DataSet, Preprocessing, load_data
+from bitswitch.data import DataSet
 from bitswitch.data.cache import Cache, default_folder
 from bitswitch.data.dataset import Batch
 from bitswitch.errors import UserError
-from bitswitch.export import load
 from bitswitch.machine import machine
-from bitswitch.models import build, is_trusted, load_weights
-from bitswitch.nn import Plan, apply, quantized_layers
-from bitswitch.training import Score, World, evaluate, load_checkpoint, recalibrate
+from bitswitch.nn import quantized_layers
+from bitswitch.subject import Subject, data_for, subject_of
+from bitswitch.training import Score, World, evaluate, recalibrate
 from bitswitch.training.distributed import from_first
 from bitswitch.training.evaluate import PrecisionChoice
 
@@ -28,30 +27,6 @@ Shown = Callable[[Iterator[Batch], int], Iterable[Batch]]
 _BATCH = 256
 # So many SubNets are scored in one pass over the data; their predictions are kept before the next pass.
 _AT_ONCE = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """A network to evaluate, and what its file says of itself.
-
-    Attributes:
-        model: the network.
-        widths: what it can be switched to; empty for a float network.
-        held: those of an artifact whose planes are there.
-        preprocessing, classes, data, data_config: of what it was trained on, None where the file does not tell.
-        provenance: of an artifact.
-        frontier: of an artifact.
-    """
-
-    model: nn.Module
-    widths: tuple[int, ...]
-    held: tuple[int, ...] = ()
-    preprocessing: Mapping[str, Any] | None = None
-    classes: tuple[str, ...] | None = None
-    data: str | None = None
-    data_config: Mapping[str, Any] | None = None
-    provenance: Mapping[str, Any] | None = None
-    frontier: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +81,12 @@ def evaluate_file(
         UserError: the file, the widths, the network or the data cannot be used.
     """
     path = artifact.located(path)
-    subject = _subject(path, network, None if assignment else bits)
+    subject = subject_of(path, network, None if assignment else bits)
     wanted = _wanted(path, subject, bits, assignment)
     name = data_name or subject.data
     if not name:
         raise UserError(f"{path} does not say what data it is for: give them with --data")
-    data = _data(path, name, subject)
+    data = data_for(path, name, subject)
     model, world = subject.model.to(device), world or World()
     plan = _Plan(
         split=split,
@@ -206,68 +181,6 @@ def _mark_non_dominated(rows: Sequence[dict[str, Any]]) -> None:
         row["non_dominated"] = not any(beaten(row, other) for other in rows)
 
 
-def _subject(path: Path, network: str | None, bits: Sequence[int] | None = None) -> _Subject:
-    if not path.is_file() or _is_artifact(path):
-        # What is missing or a folder is told by the reader of artifacts, too.
-        return _of_artifact(path, network, bits)
-    if path.suffix != ".safetensors":
-        state = load_checkpoint(path)
-        if "model" in state and "about" in state:
-            return _of_training(path, state, network)
-    if network is None:
-        raise UserError(f"{path} is a checkpoint of weights alone: name its network with --model")
-    model = build(network)
-    load_weights(model, path)
-    return _Subject(model=model, widths=())
-
-
-def _is_artifact(path: Path) -> bool:
-    return path.suffix == ".safetensors" and artifact.is_artifact(path)
-
-
-def _of_artifact(path: Path, network: str | None, bits: Sequence[int] | None = None) -> _Subject:
-    """The artifact at its highest width; of one that is cut off, at the highest that was asked for or that it holds."""
-    header = artifact.read_header(path)
-    # Where it holds none, the loader says so.
-    held = artifact.served_widths(path) or header.widths
-    highest = max(bits) if bits and set(bits) <= set(header.widths) else held[0]
-    config = header.provenance.get("config")
-    data = config.get("data") if isinstance(config, dict) else None
-    return _Subject(
-        model=load(path, bits=highest, model=network),
-        widths=header.widths,
-        held=held,
-        preprocessing=header.preprocessing,
-        classes=header.classes,
-        data=str(header.provenance["data"]) if header.provenance.get("data") else None,
-        data_config=data if isinstance(data, dict) else None,
-        provenance=header.provenance,
-        frontier=header.frontier,
-    )
-
-
-def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> _Subject:
-    try:
-        about, plan = state["about"], Plan.from_json(state["plan"]) if "plan" in state else None
-        known = {key: about[key] for key in ("network", "preprocessing", "classes", "data", "data_config")}
-        weights = dict(state["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a whole checkpoint of a stage ({error!r})") from error
-    name = network or about["network"]["name"]
-    if network is None and not is_trusted(name):
-        raise UserError(
-            f"{path} names the network {name!r}, and no code is imported on the word of a file: give --model"
-        )
-    model = build(name, known.pop("network")["args"])
-    if plan is not None:
-        apply(model, plan)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
-    return _Subject(model=model, widths=plan.widths if plan else (), classes=tuple(known.pop("classes")), **known)
-
-
 @dataclass(frozen=True)
 class Wanted:
     """A precision to evaluate; for a choice of a frontier its number and costs, too."""
@@ -285,7 +198,7 @@ class Wanted:
         return row if self.cost is None else row | {"choice": self.choice, "cost": dict(self.cost)}
 
 
-def _wanted(path: str | Path, subject: _Subject, bits: Sequence[int] | None, assignment: str | None) -> list[Wanted]:
+def _wanted(path: str | Path, subject: Subject, bits: Sequence[int] | None, assignment: str | None) -> list[Wanted]:
     if not subject.widths:
         if bits or assignment:
             raise UserError(f"{path} holds float weights and has no widths: leave --bits and --assignment out")
@@ -344,37 +257,6 @@ def assignments_named(
     return [wanted[int(number)]]
 
 
-def example_images(path: Path, count: int, *, data_name: str | None = None, network: str | None = None) -> Tensor:
-    """The first training images for an artifact's network, float32 [count, C, H, W].
-
-    Args:
-        path: the artifact.
-        count: how many.
-        data_name: a data name or an image folder; the data it was trained on where None.
-        network: its name where the file does not tell, or names the user's own code.
-
-    Raises:
-        UserError: the file, the network or the data cannot be used.
-    """
-    subject = _of_artifact(path, network)
-    name = data_name or subject.data
-    if not name:
-        raise UserError(f"{path} does not say what data it is for: give them with --data")
-    return _data(path, name, subject).sample(count)
-
-
-def _data(path: str | Path, name: str, subject: _Subject) -> DataSet:
-    """The data as the network wants them: the same split as in its training, its own normalization and size."""
-    config = subject.data_config or {}
-    said = {key: config[key] for key in ("val_fraction", "unreadable") if key in config}
-    data = load_data(name, **said)
-    if subject.preprocessing is not None:
-        data = data.with_preprocessing(Preprocessing.from_json(dict(subject.preprocessing)))
-    if subject.classes is not None and subject.classes != data.classes:
-        raise UserError(f"{name} has the classes {_few(data.classes)}, {path} was trained on {_few(subject.classes)}")
-    return data
-
-
 def training_views(data: DataSet, count: int, device: torch.device) -> list[Tensor]:
     """Batches of `count` training images in all, augmented as training sees them, the same every time.
 
@@ -386,7 +268,3 @@ def training_views(data: DataSet, count: int, device: torch.device) -> list[Tens
         if sum(map(len, views)) == count:
             break
     return views
-
-
-def _few(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)})"

@@ -70,24 +70,9 @@ def _lower_layer(lowering: Lowering, node: ir.Node, layer: str) -> None:
 
 
 def _lower_convolution(lowering: Lowering, node: ir.Node, layer: str) -> None:
-    out = node.outputs[0]
-    norm, epsilon, end = _following_norm(lowering, out)
-    prefix = lowering.prefix(tensor_name(layer, "product"))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    product = Product(
-        prefix=prefix,
-        layer=layer,
-        kind="conv",
-        into=None,
-        ranges=(),
-        common_ranges=(),
-        bias=_parameter(lowering, bias, layer),
-        norm=norm,
-        epsilon=epsilon,
-    )
-    x = _quantized_input(lowering, node, layer)
-    codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
-    weight = lowering.add(node, "DequantizeLinear", [codes, scale, zero], name=f"{prefix}.weight", axis=0)
+    product, x, weight, end = _operands(lowering, node, layer, "conv", bias, node.outputs[0])
+    prefix = product.prefix
     parts = [lowering.constant(f"{prefix}.{key}") for key in ("bias", "bias_scale")]
     float_bias = lowering.add(node, "DequantizeLinear", parts, name=f"{prefix}.float_bias", axis=0)
     made = ir.Node("", "Conv", [x, weight, float_bias], node.attributes.values(), outputs=[ir.Value(name=prefix)])
@@ -103,12 +88,25 @@ def _lower_linear(lowering: Lowering, node: ir.Node, layer: str, bias: ir.Value 
         other = follower.inputs[1] if follower.inputs[0] is end else follower.inputs[0]
         if other is not None and other.name == tensor_name(layer, "bias"):
             bias, end = other, follower.outputs[0]
-    norm, epsilon, end = _following_norm(lowering, end)
+    product, x, weight, end = _operands(lowering, node, layer, "linear", bias, end)
+    prefix = product.prefix
+    # As the exporter has it: ONNX Runtime makes a float Gemm of a MatMul of two dimensions that an addition follows.
+    made = lowering.add(node, node.op_type, [x, weight], name=f"{prefix}.matmul")
+    made = lowering.add(node, "Add", [made, lowering.constant(f"{prefix}.bias")], name=prefix)
+    take_place(lowering.graph, end, made)
+    lowering.products.append((product, made))
+
+
+def _operands(
+    lowering: Lowering, node: ir.Node, layer: str, kind: str, bias: ir.Value | None, out: ir.Value
+) -> tuple[Product, ir.Value, ir.Value, ir.Value]:
+    """A product, its dequantized input and weight, and the result that it gives once a batch normalization is folded in."""
+    norm, epsilon, end = _following_norm(lowering, out)
     prefix = lowering.prefix(tensor_name(layer, "product"))
     product = Product(
         prefix=prefix,
         layer=layer,
-        kind="linear",
+        kind=kind,
         into=None,
         ranges=(),
         common_ranges=(),
@@ -118,12 +116,9 @@ def _lower_linear(lowering: Lowering, node: ir.Node, layer: str, bias: ir.Value 
     )
     x = _quantized_input(lowering, node, layer)
     codes, scale, zero = (lowering.constant(f"{prefix}.{key}") for key in ("codes", "scale", "zero"))
-    weight = lowering.add(node, "DequantizeLinear", [codes, scale, zero], name=f"{prefix}.weight", axis=1)
-    # As the exporter has it: ONNX Runtime makes a float Gemm of a MatMul of two dimensions that an addition follows.
-    made = lowering.add(node, node.op_type, [x, weight], name=f"{prefix}.matmul")
-    made = lowering.add(node, "Add", [made, lowering.constant(f"{prefix}.bias")], name=prefix)
-    take_place(lowering.graph, end, made)
-    lowering.products.append((product, made))
+    axis = 0 if kind == "conv" else 1
+    weight = lowering.add(node, "DequantizeLinear", [codes, scale, zero], name=f"{prefix}.weight", axis=axis)
+    return product, x, weight, end
 
 
 def _parameter(lowering: Lowering, bias: ir.Value | None, layer: str) -> str | None:

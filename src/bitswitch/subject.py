@@ -1,0 +1,147 @@
+"""The network that a file holds, and the data that it is for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitswitch import artifact
+from bitswitch.data import DataSet, Preprocessing, load_data
+from bitswitch.errors import UserError
+from bitswitch.export import load
+from bitswitch.models import build, is_trusted, load_weights
+from bitswitch.nn import Plan, apply
+from bitswitch.training import load_checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A network, and what its file says of itself.
+
+    Attributes:
+        model: the network.
+        widths: what it can be switched to; empty for a float network.
+        held: those of an artifact whose planes are there.
+        preprocessing, classes, data, data_config: of what it was trained on, None where the file does not tell.
+        provenance: of an artifact.
+        frontier: of an artifact.
+    """
+
+    model: nn.Module
+    widths: tuple[int, ...]
+    held: tuple[int, ...] = ()
+    preprocessing: Mapping[str, Any] | None = None
+    classes: tuple[str, ...] | None = None
+    data: str | None = None
+    data_config: Mapping[str, Any] | None = None
+    provenance: Mapping[str, Any] | None = None
+    frontier: tuple[Mapping[str, Any], ...] = ()
+
+
+def subject_of(path: Path, network: str | None, bits: Sequence[int] | None = None) -> Subject:
+    """The network of an artifact, of a run's checkpoint or of anybody's float weights.
+
+    Args:
+        path: of the file.
+        network: its name where the file does not tell, or names the user's own code.
+        bits: the widths that an artifact shall serve; it stands at the highest.
+
+    Raises:
+        UserError: the file cannot be used, or its network is not known.
+    """
+    if not path.is_file() or _is_artifact(path):
+        # What is missing or a folder is told by the reader of artifacts, too.
+        return _of_artifact(path, network, bits)
+    if path.suffix != ".safetensors":
+        state = load_checkpoint(path)
+        if "model" in state and "about" in state:
+            return _of_training(path, state, network)
+    if network is None:
+        raise UserError(f"{path} is a checkpoint of weights alone: name its network with --model")
+    model = build(network)
+    load_weights(model, path)
+    return Subject(model=model, widths=())
+
+
+def _is_artifact(path: Path) -> bool:
+    return path.suffix == ".safetensors" and artifact.is_artifact(path)
+
+
+def _of_artifact(path: Path, network: str | None, bits: Sequence[int] | None = None) -> Subject:
+    """The artifact at its highest width; of one that is cut off, at the highest that was asked for or that it holds."""
+    header = artifact.read_header(path)
+    # Where it holds none, the loader says so.
+    held = artifact.served_widths(path) or header.widths
+    highest = max(bits) if bits and set(bits) <= set(header.widths) else held[0]
+    config = header.provenance.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    return Subject(
+        model=load(path, bits=highest, model=network),
+        widths=header.widths,
+        held=held,
+        preprocessing=header.preprocessing,
+        classes=header.classes,
+        data=str(header.provenance["data"]) if header.provenance.get("data") else None,
+        data_config=data if isinstance(data, dict) else None,
+        provenance=header.provenance,
+        frontier=header.frontier,
+    )
+
+
+def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> Subject:
+    try:
+        about, plan = state["about"], Plan.from_json(state["plan"]) if "plan" in state else None
+        known = {key: about[key] for key in ("network", "preprocessing", "classes", "data", "data_config")}
+        weights = dict(state["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a whole checkpoint of a stage ({error!r})") from error
+    name = network or about["network"]["name"]
+    if network is None and not is_trusted(name):
+        raise UserError(
+            f"{path} names the network {name!r}, and no code is imported on the word of a file: give --model"
+        )
+    model = build(name, known.pop("network")["args"])
+    if plan is not None:
+        apply(model, plan)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
+    return Subject(model=model, widths=plan.widths if plan else (), classes=tuple(known.pop("classes")), **known)
+
+
+def example_images(path: Path, count: int, *, data_name: str | None = None, network: str | None = None) -> Tensor:
+    """The first training images for an artifact's network, float32 [count, C, H, W].
+
+    Args:
+        path: the artifact.
+        count: how many.
+        data_name: a data name or an image folder; the data it was trained on where None.
+        network: its name where the file does not tell, or names the user's own code.
+
+    Raises:
+        UserError: the file, the network or the data cannot be used.
+    """
+    subject = _of_artifact(path, network)
+    name = data_name or subject.data
+    if not name:
+        raise UserError(f"{path} does not say what data it is for: give them with --data")
+    return data_for(path, name, subject).sample(count)
+
+
+def data_for(path: str | Path, name: str, subject: Subject) -> DataSet:
+    """The data as the network wants them: the same split as in its training, its own normalization and size."""
+    config = subject.data_config or {}
+    said = {key: config[key] for key in ("val_fraction", "unreadable") if key in config}
+    data = load_data(name, **said)
+    if subject.preprocessing is not None:
+        data = data.with_preprocessing(Preprocessing.from_json(dict(subject.preprocessing)))
+    if subject.classes is not None and subject.classes != data.classes:
+        raise UserError(f"{name} has the classes {_few(data.classes)}, {path} was trained on {_few(subject.classes)}")
+    return data
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)})"
