@@ -12,34 +12,35 @@ from bitswitch.runtime import Session
 from bitswitch.runtime.packing import unpacked
 
 
-def network(channels, kernel, **options):
+def network(channels, kernel, filters, **options):
     torch.manual_seed(0)
-    middle = nn.Conv2d(channels, 6, kernel, bias=False, **options)
-    parts = nn.Conv2d(3, channels, 1), nn.ReLU(), middle, nn.BatchNorm2d(6), nn.Sigmoid()
-    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval()
+    middle = nn.Conv2d(channels, filters, kernel, bias=False, **options)
+    parts = nn.Conv2d(3, channels, 1), nn.ReLU(), middle, nn.BatchNorm2d(filters), nn.Sigmoid()
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(filters, 4)).eval()
 
 
 @pytest.mark.parametrize(
-    ("channels", "kernel", "options", "width", "shares"),
+    ("channels", "kernel", "filters", "options", "width", "shares"),
     [
-        (5, 3, {"padding": 1}, 10, True),
-        (16, (3, 5), {"padding": (1, 2)}, 8, True),
+        (5, 3, 6, {"padding": 1}, 10, True),
+        (16, (3, 5), 32, {"padding": (1, 2)}, 8, True),
         # Their rows are of whole pairs where they are padded so, and only there.
-        (5, (1, 3), {}, 10, True),
-        (5, 3, {"padding": 1}, 9, False),
-        (5, 3, {"padding": (0, 2)}, 8, True),
-        (5, (3, 2), {}, 9, False),
-        (5, (3, 1), {}, 10, False),
-        (17, 3, {"padding": 1}, 10, False),
-        (5, 3, {"padding": 1, "stride": (1, 2)}, 10, False),
-        (5, 3, {"padding": 1, "stride": (2, 1), "dilation": (2, 1)}, 10, True),
-        (5, 3, {"padding": 2, "dilation": 2}, 10, False),
+        (5, (1, 3), 6, {}, 10, True),
+        (5, 3, 6, {"padding": 1}, 9, False),
+        (5, 3, 6, {"padding": (0, 2)}, 8, True),
+        (5, (3, 2), 6, {}, 9, False),
+        (5, (3, 1), 6, {}, 10, False),
+        (17, 3, 6, {"padding": 1}, 10, False),
+        (5, 3, 33, {"padding": 1}, 10, False),
+        (5, 3, 6, {"padding": 1, "stride": (1, 2)}, 10, False),
+        (5, 3, 6, {"padding": 1, "stride": (2, 1), "dilation": (2, 1)}, 10, True),
+        (5, 3, 6, {"padding": 2, "dilation": 2}, 10, False),
     ],
 )
-def test_neighbours_that_share_a_patch(monkeypatch, tmp_path, channels, kernel, options, width, shares):
+def test_neighbours_that_share_a_patch(monkeypatch, tmp_path, channels, kernel, filters, options, width, shares):
     """The same outputs to the last bit as with a patch for each, at every width and for any batch."""
     x = torch.randn(4, 3, 7, width, generator=torch.Generator().manual_seed(1))
-    model = bs.quantize(network(channels, kernel, **options), bits=(8, 6, 2), example_inputs=x)
+    model = bs.quantize(network(channels, kernel, filters, **options), bits=(8, 6, 2), example_inputs=x)
     files = tmp_path / "shared", tmp_path / "own"
     for file, most in zip(files, (patches._MOST_SHARING_CHANNELS, 0), strict=True):
         monkeypatch.setattr(patches, "_MOST_SHARING_CHANNELS", most)

@@ -1,5 +1,7 @@
 """Convolutions as integer matrix products of patches, which end in floats by themselves: their sums are exact."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -11,8 +13,9 @@ from bitswitch.runtime.bindings import Product
 ORT_DOMAIN, SUMS = "com.microsoft", "MatMulIntegerToFloat"
 
 # Of so few channels the runs of bytes that make a patch are so short that copying them takes longer than the products: two
-# neighbours on a row share a patch, which halves the runs for a third more products. From 32 channels on it does not pay.
-_MOST_SHARING_CHANNELS = 16
+# neighbours on a row share a patch, which halves the runs for a third more products. Of 32 channels, or with 64 filters, it
+# does not pay.
+_MOST_SHARING_CHANNELS, _MOST_SHARING_FILTERS = 16, 32
 
 
 def sums_of_patches(lowering: Lowering, product: Product, node: ir.Node) -> list[ir.Node]:
@@ -32,7 +35,7 @@ def sums_of_patches(lowering: Lowering, product: Product, node: ir.Node) -> list
         x = chain.add("Pad", [x, lowering.whole([0, *pads[:2], 0, 0, *pads[2:], 0]), zero], "padded")
     out, channels, rows, columns = shape
     width = _width(node.outputs[0])
-    shares = _can_share(channels, columns, width, strides[1], dilations[1])
+    shares = _can_share(shape, width, strides[1], dilations[1])
     if shares:
         assert width is not None
         x = chain.add("Reshape", [x, lowering.whole([0, 0, (width + columns - 1) // 2, 2 * channels])], "neighbours")
@@ -69,10 +72,11 @@ def _width(result: ir.Value) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def _can_share(channels: int, columns: int, width: int | None, stride: int, dilation: int) -> bool:
+def _can_share(shape: Sequence[int], width: int | None, stride: int, dilation: int) -> bool:
     """Whether patches of two neighbours on a row are made of whole pairs of columns, and worth it."""
+    filters, channels, _, columns = shape
     whole = width is not None and width % 2 == 0 and columns % 2 == 1 and stride == dilation == 1
-    return whole and columns > 1 and channels <= _MOST_SHARING_CHANNELS
+    return whole and columns > 1 and channels <= _MOST_SHARING_CHANNELS and filters <= _MOST_SHARING_FILTERS
 
 
 def _windows(
