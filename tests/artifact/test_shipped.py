@@ -9,6 +9,7 @@ import torch
 
 import bitswitch as bs
 from bitswitch import artifact, files
+from bitswitch.artifact import tensor_name
 from bitswitch.errors import UserError
 from bitswitch.runtime import Session
 from commands import call, one_line
@@ -44,6 +45,16 @@ def test_a_card_and_a_result_file_are_of_this_very_file(name):
     assert [row[0].partition("(")[2] for row in mixed] == [f"{one})" for one in digits]
     text = json.dumps(known) + json.dumps(dict(artifact.read_header(name).provenance))
     assert "/tmp" not in text and "/home" not in text and "/work" not in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_is_as_large_as_its_codes_and_floats(name):
+    """Header and graph together are at most 1 % more and 64 KiB."""
+    header, tensors = artifact.read(name)
+    codes = {tensor_name(layer.name, "codes") for layer in header.layers}
+    parts = sum(tensor.nbytes for key, tensor in tensors.items() if key != artifact.GRAPH)
+    assert artifact.GRAPH in tensors and all(tensors[key].dtype == np.int8 for key in codes)
+    assert artifact.located(name).stat().st_size <= 1.01 * parts + 2**16
 
 
 def test_a_supernet_chooses_from_its_own_frontier():
