@@ -117,9 +117,9 @@ def _looks() -> list[dict[str, str]]:
     return [look | {"linestyle": style} for style in ("-", "--", ":") for look in solid]
 
 
-def _forwards(overrides: Sequence[str], bits: Sequence[int]) -> int:
-    """How many widths a step of a training visits."""
-    said = [int(word.partition("=")[2]) for word in overrides if word.startswith("train.forwards=")]
+def _forwards(overrides: Sequence[str], bits: Sequence[int]) -> float:
+    """How many widths a step of a training visits on average."""
+    said = [float(word.partition("=")[2]) for word in overrides if word.startswith("train.forwards=")]
     return said[-1] if said else len(bits)
 
 
