@@ -9,16 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 
 import bitswitch as bs
+from bitswitch import artifact
 from bitswitch.artifact import read_header
 from bitswitch.cli.console import stdout_kept_clean
 from bitswitch.data import load_data
+from bitswitch.errors import UserError
 from bitswitch.nn import TransitionalBatchNorm, plan_of
 from bitswitch.runtime import Session
+from bitswitch.runtime.packing import unpacked
 from commands import call, one_line, run_digits
 
 SHORT = [
@@ -325,6 +329,19 @@ def test_export_and_the_session(capsys, copied):
             assert (found.argmax(1) == expected).mean() > 0.97
     graph = json.loads(call(capsys, "inspect", file, "--graph", "--json")[1])["graph"]
     assert set(graph) == {"8", "6", "4", "2"} and all(report["integer"] >= 6 for report in graph.values())
+
+
+def test_export_makes_a_graph_anew_that_is_of_another_version(capsys, copied):
+    file = copied / "model.safetensors"
+    words = ["export", file, "--bits", "4", "--json"]
+    assert json.loads(call(capsys, *words)[1])["graph_added"] is True
+    header, tensors = artifact.read(file)
+    artifact.write(file, header, tensors | {"graph": np.frombuffer(unpacked(tensors["graph"]), np.uint8)})
+    with pytest.raises(UserError, match=r"another version; where torch is, `bitswitch export .*` makes it anew"):
+        Session(file)
+    assert json.loads(call(capsys, *words)[1])["graph_added"] is True
+    assert np.array_equal(artifact.read(file)[1]["graph"], tensors["graph"])
+    Session(file)
 
 
 @pytest.mark.parametrize(

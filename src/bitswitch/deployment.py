@@ -31,7 +31,7 @@ def export(
     data_name: str | None = None,
     network: str | None = None,
 ) -> dict[str, Any]:
-    """Write one ONNX file for each precision asked for; the artifact gets its graph first, where it has none.
+    """Write one ONNX file for each precision asked for; the artifact gets its graph first, where it has none that can be used.
 
     Args:
         path: the artifact.
@@ -58,8 +58,13 @@ def export(
     from bitswitch.export.onnx import Weights, export_file, packed_products
     from bitswitch.runtime.source import read
 
-    located, tensors, held = artifact.read_held(path)
-    header, added = located.header, artifact.GRAPH not in tensors
+    located, _, held = artifact.read_held(path)
+    header = located.header
+    try:
+        source, added = read(path), False
+    except UserError:
+        # No graph, or none that can be used: the file itself is sound.
+        added = True
     wanted: list[int | Mapping[str, int]] = list(bits or ())
     if assignment is not None:
         layers = [layer.name for layer in header.layers]
@@ -76,7 +81,7 @@ def export(
         before = files.file_digest(path)
         add_graph(path, images, model=network, additions=additions)
         RunDirectory(path.parent).replaced(path.name, before)
-    source = read(path)
+        source = read(path)
     if not added and additions == "exact" and source.bindings.additions != "exact":
         raise UserError(
             f"{path} holds a graph already, with requantized additions: --exact is for a file without a graph"

@@ -1,6 +1,7 @@
 """Integer matrix products of patches: neighbours that share a patch have the same sums."""
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -8,6 +9,7 @@ from torch import nn
 import bitswitch as bs
 from bitswitch.artifact import read
 from bitswitch.export import patches
+from bitswitch.export.onnx import export_file
 from bitswitch.runtime import Session
 from bitswitch.runtime.packing import unpacked
 
@@ -52,3 +54,18 @@ def test_neighbours_that_share_a_patch(monkeypatch, tmp_path, channels, kernel, 
             assert np.array_equal(shared.run(x[:batch].numpy()), own.run(x[:batch].numpy()))
         with torch.no_grad(), bs.switched(model, bits):
             assert np.allclose(shared.run(x.numpy()), model(x).numpy(), atol=1e-4)
+
+
+def test_an_onnx_file_has_the_matrices_of_patches_themselves(tmp_path):
+    """Whoever reads the file finds quantized weights and their scales, not what would make them."""
+    x = torch.randn(4, 3, 7, 10, generator=torch.Generator().manual_seed(1))
+    model = bs.quantize(network(5, 3, 6, padding=1), bits=(8, 6, 2), example_inputs=x)
+    bs.save(model, tmp_path / "m.safetensors", example_inputs=x, additions="exact")
+    export_file(tmp_path / "m.safetensors", tmp_path / "m.onnx", wanted=6, model=model, example_inputs=x)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    held = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+    makers = {node.output[0]: node for node in graph.node}
+    (product,) = (node for node in graph.node if node.op_type == "MatMul")
+    codes, scale, zero = (held[name] for name in makers[product.input[1]].input)
+    assert codes.shape == (3 * 4 * 5, 2 * 6) and codes.dtype == np.int8 and np.array_equal(scale[:6], scale[6:])
+    assert not zero.any() and {name for node in graph.node for name in node.input} >= set(held)

@@ -414,8 +414,20 @@ def zeros(count):
 def test_a_graph_that_is_not_packed_is_refused_before_it_fills_the_memory(tmp_path, made, stored):
     header, tensors = artifact.read(made[2]["exact"])
     artifact.write(tmp_path / "a", header, tensors | {"graph": np.frombuffer(stored, np.uint8)})
-    with pytest.raises(UserError, match="graph is damaged or of another version; save it again"):
+    with pytest.raises(UserError, match=r"graph is damaged or of another version; .*bitswitch export .* makes it anew"):
         Session(tmp_path / "a")
+
+
+def test_a_graph_is_packed_so_that_it_can_be_read():
+    """Nothing that is saved is refused; what a small file unpacks to is bounded."""
+    names = b"".join(b"layer%d.conv.weight" % i for i in range(10_000))
+    for graph in (b"", b"a", names, bytes(2**22), bytes(2**22 + 1), random.Random(0).randbytes(2**22 + 1), names * 64):
+        stored = packed(graph)
+        assert unpacked(stored) == graph
+        assert len(graph) <= max(2**22, 4 * stored.nbytes)
+    assert packed(names).nbytes < len(names) / 4
+    with pytest.raises(ValueError, match="too large"):
+        unpacked(np.frombuffer(zlib.compress(bytes(2**22 + 1)), np.uint8))
 
 
 def outcome(path, images):

@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ShapeInferencePass
+from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor, nn
 
 from bitswitch import files
@@ -28,6 +29,7 @@ _BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
 _PACKED = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
 # How many inputs are drawn to hold a file against its model.
 _DRAWN_INPUTS = 8
+_ANY_SIZE = 2**62
 # The opset whose DequantizeLinear reads 2-bit integers, and the file format that has them.
 _INT2_OPSET, _INT2_IR_VERSION = 25, 13
 
@@ -143,6 +145,11 @@ def packed_products(bindings: Bindings, assignment: Mapping[str, int], weights: 
     return [p for p in bindings.products if bits < 8 and assignment[p.layer] <= bits and p.kind != "int32"]
 
 
+def _can_fold(node: ir.Node) -> bool | None:
+    """Quantized weights stay integers; all else is as the fold has it (None)."""
+    return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
+
+
 def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) -> bytes:
     """The file's content: the graph with its numbers in it."""
     bits = _BITS[weights]
@@ -154,14 +161,15 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
         raise UserError(f"weights={weights!r}: the stored graph keeps exact sums, for int8 weights alone; use int8")
     decide(graph.model.graph, arrays)
     standard_sums(graph.model)
-    for name, value in list(graph.model.graph.initializers.items()):
+    for name, value in graph.model.graph.initializers.items():
         if name in arrays:
             dtype = _PACKED[bits] if name in packed else ir.DataType.from_numpy(arrays[name].dtype)
             array = arrays[name].astype(dtype.numpy())
             value.const_value = ir.tensor(array, dtype=dtype, name=name)
             value.shape, value.type = ir.Shape(array.shape), ir.TensorType(dtype)
-        if not value.uses():
-            del graph.model.graph.initializers[name]
+    # The matrices of patches: whoever reads the file wants weights, not what makes them.
+    fold_constants(graph.model, input_size_limit=_ANY_SIZE, output_size_limit=_ANY_SIZE, should_fold=_can_fold)
+    remove_unused_nodes(graph.model)
     if weights == "int2":
         graph.model.opset_imports[""] = _INT2_OPSET
         graph.model.ir_version = _INT2_IR_VERSION

@@ -13,8 +13,8 @@ from bitswitch.runtime.bindings import Product
 ORT_DOMAIN, SUMS = "com.microsoft", "MatMulIntegerToFloat"
 
 # Of so few channels the runs of bytes that make a patch are so short that copying them takes longer than the products: two
-# neighbours on a row share a patch, which halves the runs for a third more products. Of 32 channels, or with 64 filters, it
-# does not pay.
+# neighbours on a row share a patch, which halves the runs for a third more products where kernels are three wide, fewer where
+# they are wider. Of 32 channels, or with 64 filters, it does not pay.
 _MOST_SHARING_CHANNELS, _MOST_SHARING_FILTERS = 16, 32
 
 

@@ -27,7 +27,7 @@ class _SliceOfSlice(RewriteRuleClassBase):
         self.arguments = [_slice_arguments(value) for value in (first, second)]
         axes = [axis for arguments in self.arguments for axis in arguments[2:3]]
         together = [axis for own in axes for axis in own]
-        is_one = len(axes) == 2 and min(together) >= 0 and len(set(together)) == len(together)
+        is_one = len(axes) == 2 and min(together, default=-1) >= 0 and len(set(together)) == len(together)
         return MatchResult() if is_one else MatchResult().fail("not along other axes, or not of constants")
 
     def rewrite(self, op: Any, x: Any, **_: Any) -> Any:

@@ -125,6 +125,9 @@ def read(path: str | Path) -> Source:
         graph = unpacked(tensors.pop(GRAPH))
         bindings = Bindings.from_text(metadata(graph)[KEY])
         bindings.check(located.header, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path} cannot be used: its graph is damaged or of another version; save it again") from error
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{path} cannot be used: its graph is damaged or of another version; where torch is, "
+            f"`bitswitch export {path}` makes it anew"
+        ) from error
     return Source(str(path), widths, located.header, tensors, graph, bindings)
