@@ -95,13 +95,11 @@ _HALF = "kd-float-drawn-2-scale-lr-2e-3"
 OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 VARIANTS |= {OURS: TAUGHT_ALONE} | {f"{OURS}-{name}": (*TAUGHT_ALONE, override) for name, override in BESIDE.items()}
 VARIANTS |= {f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for variant in ("paper", "lsq", OURS)}
-# More of the forwards at 2 bits: 16 epochs of one and a quarter widths a step are as many forwards as five of all four.
-VARIANTS[f"{OURS}-rare"] = (*TAUGHT_ALONE, "train.forwards=1.25", "train.epochs=16")
 # Two of three widths a step, for as many forwards as the ten epochs of the others have.
 VARIANTS[f"{OURS}-432"] += ("train.epochs=15",)
 _SCREENED = (
     *("ours", "paper", "drawn-2", f"drawn-2{TWICE}", "kd-float", "scale-lr-2e-3", _HALF + TWICE, OURS + TWICE),
-    *(f"{_HALF}-batch-64{TWICE}", *(f"{OURS}-{name}{TWICE}" for name in BESIDE), f"{OURS}-rare"),
+    *(f"{_HALF}-batch-64{TWICE}", *(f"{OURS}-{name}{TWICE}" for name in BESIDE)),
     *("lsq", "centred", "kd-highest", "per-channel", "accumulate", "alrs-off", "raw", "eta-paper", "raw-eta-paper"),
     *("raw-alrs-off", "lr-1e-3"),
 )

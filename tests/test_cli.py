@@ -344,7 +344,7 @@ def test_interruption_exits_130(capsys, monkeypatch):
         ["train.distillation.teacher=float", "train.record_scale_gradients=true"],
         ["train.distillation={teacher: highest, temperature: 4}", "train.order=accumulate"],
         ["train.forwards=2", "train.order=accumulate", "train.record_scale_gradients=true"],
-        ["train.forwards=1.5", "train.distillation.teacher=highest"],
+        ["train.forwards=2", "train.distillation.teacher=highest"],
     ],
     ids=str,
 )

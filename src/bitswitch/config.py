@@ -92,13 +92,13 @@ class QuantizedPart(EnginePart):
 class TrainPart(QuantizedPart):
     """Joint multi-precision training, from the float network.
 
-    A step visits every width, or with `forwards` the lowest and, on average, forwards - 1 others drawn evenly."""
+    A step visits every width, or with `forwards` the lowest and forwards - 1 others drawn evenly."""
 
     method: Literal["double_rounding", "per_width", "lsq", "adabits", "bit_mixer", "centred"] = "double_rounding"
     scale_form: Literal["raw", "log"] = "log"
     per_channel: bool = False
     lsq_factor: bool = True
-    forwards: int | float | None = Field(None, ge=1, allow_inf_nan=False)
+    forwards: int | None = Field(None, ge=1)
     keep: tuple[str, ...] = ()
     calibration_images: int = Field(512, ge=1)
     record_scale_gradients: bool = False

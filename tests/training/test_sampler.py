@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, chisquare
+from scipy.stats import chisquare
 from torch import nn
 from torch.nn import functional as F
 
@@ -261,27 +261,6 @@ def test_the_lowest_width_is_always_drawn_and_the_others_evenly(forwards):
     if 1 < forwards < 4:
         other = WidthSampler(widths=widths, forwards=forwards, seed=4)
         assert any(other.draw(step) != visits for step, visits in enumerate(steps))
-
-
-@pytest.mark.parametrize(("forwards", "counts"), [(1.25, (1, 2)), (2.5, (2, 3))])
-def test_a_step_visits_so_many_widths_on_average(forwards, counts):
-    drawn = WidthSampler(widths=(8, 6, 4, 2), forwards=forwards, seed=3)
-    steps = [[width for width, _ in drawn.draw(step)] for step in range(3000)]
-    assert {len(visits) for visits in steps} == set(counts) and len(drawn.names) == counts[1]
-    assert all(visits == sorted(set(visits), reverse=True) and visits[-1] == 2 for visits in steps)
-    more = sum(len(visits) - counts[0] for visits in steps)
-    assert binomtest(more, len(steps), forwards % 1).pvalue > 1e-3
-    assert chisquare([sum(width in visits for visits in steps) for width in (8, 6, 4)]).pvalue > 1e-3
-
-
-def test_a_step_that_visits_fewer_widths_than_others_has_no_loss_for_the_rest():
-    model, _, x, y = supernet()
-    drawn = WidthSampler(widths=(8, 4, 2), forwards=1.5, seed=0)
-    number = next(step for step in range(100) if len(drawn.draw(step)) == 1)
-    objective = JointObjective(model, MultiPrecisionOptimizer(model, alrs="off"), sampler=drawn)
-    losses = objective.step(x, y, 1.0, number)
-    assert objective.names == ("random 1", "2") and losses[0] == 0 and losses[1] > 0
-    assert objective.step(x, y, 1.0, next(step for step in range(100) if len(drawn.draw(step)) == 2)).min() > 0
 
 
 def test_a_step_moves_the_scales_of_the_widths_that_were_drawn_and_no_others():

@@ -124,7 +124,7 @@ class JointObjective:
         self.names = tuple(str(width) for width in optimizer.widths) if sampler is None else sampler.names
 
     def step(self, x: Tensor, y: Tensor, factor: float, number: int = 0) -> Tensor:
-        """One joint step; the losses, [widths], or [forwards that the sampler can draw], 0 for those that it did not."""
+        """One joint step; the losses, [widths], or [forwards that the sampler draws]."""
         self.optimizer.factor = factor
         parts = list(self.engine.parts(x, y))
         visits: list[tuple[int | None, int | Assignment]]
@@ -144,7 +144,7 @@ class JointObjective:
                 self._step(width, (width,), mixed=uniform != width)
         if self.order == "accumulate":
             self._step(None, tuple(width for width, _ in visits))
-        return torch.stack([*[y.new_zeros((), dtype=losses[0].dtype)] * (len(self.names) - len(losses)), *losses])
+        return torch.stack(losses)
 
     @torch.no_grad()
     def _highest_logits(self, parts: list[tuple[Tensor, Tensor]]) -> list[Tensor | None]:

@@ -1,6 +1,5 @@
 """Which width every layer has in a step of SuperNet training (arXiv 2502.01199, section 5)."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -121,18 +120,18 @@ class WidthSampler:
 
     Attributes:
         widths: candidate widths, highest first.
-        forwards: how many a step visits on average, from 1 to all: with 1.25, every fourth step, drawn, visits another width.
+        forwards: how many a step visits, from 1 to all.
         seed: of the draws, the same on every rank and in a resumed run.
     """
 
     widths: tuple[int, ...]
-    forwards: float
+    forwards: int
     seed: int
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the forwards of a step stand for, where it has as many as a step can have."""
-        return (*(f"random {i + 1}" for i in range(math.ceil(self.forwards) - 1)), str(self.widths[-1]))
+        """What the forwards of a step stand for."""
+        return (*(f"random {i + 1}" for i in range(self.forwards - 1)), str(self.widths[-1]))
 
     def draw(self, step: int) -> list[tuple[int, int]]:
         """For every forward of a step, highest first, the width that it stands for and the one that it has: the same.
@@ -144,8 +143,5 @@ class WidthSampler:
         [[4, 2], [6, 2], [6, 2], [4, 2]]
         """
         *others, lowest = self.widths
-        generator = np.random.default_rng((self.seed, step))
-        whole, share = divmod(self.forwards - 1, 1)
-        count = int(whole) + bool(share and generator.random() < share)
-        drawn = generator.choice(len(others), count, replace=False)
+        drawn = np.random.default_rng((self.seed, step)).choice(len(others), self.forwards - 1, replace=False)
         return [(width, width) for width in (*(others[i] for i in sorted(drawn.tolist())), lowest)]
