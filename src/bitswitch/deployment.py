@@ -14,6 +14,7 @@ from bitswitch.export import add_graph, load
 from bitswitch.export.artifact import Additions
 from bitswitch.models import is_trusted
 from bitswitch.rundir import RunDirectory
+from bitswitch.runtime.source import Source, read
 from bitswitch.subject import example_images
 
 CALIBRATION_IMAGES = 64
@@ -56,15 +57,9 @@ def export(
     require("onnxscript", "onnx")
     require("onnxruntime", "runtime")
     from bitswitch.export.onnx import Weights, export_file, packed_products
-    from bitswitch.runtime.source import read
 
     located, _, held = artifact.read_held(path)
     header = located.header
-    try:
-        source, added = read(path), False
-    except UserError:
-        # No graph, or none that can be used: the file itself is sound.
-        added = True
     wanted: list[int | Mapping[str, int]] = list(bits or ())
     if assignment is not None:
         layers = [layer.name for layer in header.layers]
@@ -75,17 +70,7 @@ def export(
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, header.widths))}")
     if weights not in get_args(Weights):
         raise UserError(f"--weights {weights}{nearest(weights, get_args(Weights))}: use int8, int4 or int2")
-    if added:
-        if images is None:
-            images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
-        before = files.file_digest(path)
-        add_graph(path, images, model=network, additions=additions)
-        RunDirectory(path.parent).replaced(path.name, before)
-        source = read(path)
-    if not added and additions == "exact" and source.bindings.additions != "exact":
-        raise UserError(
-            f"{path} holds a graph already, with requantized additions: --exact is for a file without a graph"
-        )
+    source, images, added = _with_graph(path, images, additions, data_name, network)
     for one in wanted:
         # What the file is cut off before is told before anything is written.
         source.assignment(one)
@@ -109,6 +94,27 @@ def export(
         row |= {"weights": weights if packed_products(source.bindings, used, weights) else "int8"}  # type: ignore[arg-type]
         made.append(row if isinstance(one, int) else row | {"assignment": used.to_json()})
     return {"files": made, "graph_added": added, "held_against_torch": model is not None}
+
+
+def _with_graph(
+    path: Path, images: Tensor | None, additions: Additions, data_name: str | None, network: str | None
+) -> tuple[Source, Tensor | None, bool]:
+    """What a session reads of an artifact, which gets its graph first where it has none; the images it took; whether it did."""
+    try:
+        source = read(path)
+    except UserError:
+        # No graph, or none that can be used: the file itself is sound.
+        if images is None:
+            images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
+        before = files.file_digest(path)
+        add_graph(path, images, model=network, additions=additions)
+        RunDirectory(path.parent).replaced(path.name, before)
+        return read(path), images, True
+    if additions == "exact" and source.bindings.additions != "exact":
+        raise UserError(
+            f"{path} holds a graph already, with requantized additions: --exact is for a file without a graph"
+        )
+    return source, images, False
 
 
 def _model(path: Path, network: str | None, bits: int) -> nn.Module | None:
