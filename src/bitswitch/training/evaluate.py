@@ -65,7 +65,7 @@ def evaluate(
         UserError: there are no images, or the data do not fit the network's classes.
     """
     world = world or World()
-    forward = forward or model
+    forward = model if forward is None else forward
     rows: list[Tensor] = []
     counts: list[Tensor] = []
     classes_seen: list[Tensor] = []
