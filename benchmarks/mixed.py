@@ -3,7 +3,7 @@
     python benchmarks/mixed.py hasb-of-screen-kd-float-seed0 uniform-of-... none-of-... --data CIFAR_FOLDER
 
 A job is WAY-of-JOB. JOB is one of accuracy.py that is done: its run is in --work, its file in --results. WAY is how a SuperNet
-is trained from it, as long as it was itself: by HASB ("hasb"), with every layer drawn evenly ("uniform"), or not at all
+is trained from it, for five epochs: by HASB ("hasb"), with every layer drawn evenly ("uniform"), or not at all
 ("none": the joint network's own batch normalizations, one for each width). SubNets are scored on the split that JOB is judged
 on, test or val; val alone chooses them. A job that was killed goes on from its last epoch while --work is there. Random SubNets
 are drawn evenly among all whose average is the greatest that the budget allows.
@@ -32,10 +32,11 @@ from bitswitch.nn import quantized_layers
 from bitswitch.training import evaluate
 
 WAYS = ("hasb", "uniform", "none")
+EPOCHS = 5
 BUDGETS = (2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
 RANDOM = 10
 # What a SuperNet's training has in common with joint training.
-_SHARED = ("distillation.", "lr=", "scale_lr=", "batch_size=", "precision=", "compile=", "epochs=", "alrs=", "eta=")
+_SHARED = ("distillation.", "lr=", "scale_lr=", "batch_size=", "precision=", "compile=", "alrs=", "eta=")
 
 
 def main() -> None:
@@ -80,7 +81,7 @@ def do(job: str, places: accuracy.Places) -> None:
     print(f"{job}: SubNets of {artifact}", flush=True)
     traces = {name: layer["trace"] for name, layer in files.read_json(run / "sensitivity.json")["layers"].items()}
     found = _subnets(artifact, traces, split, seed, places)
-    epochs = 0 if way == "none" else before["epochs"]
+    epochs = 0 if way == "none" else EPOCHS
     float_top1 = before["final"]["8"][split]["top1"] + before["final"]["8"][split]["drop"]
     result.write(
         path,
@@ -109,7 +110,7 @@ def _words(way: str, before: Mapping[str, Any], places: accuracy.Places) -> tupl
         return tuple(words)
     shared = [word.removeprefix("train.") for word in before["overrides"] if word.startswith("train.")]
     words += [f"supernet.{word}" for word in shared if word.startswith(_SHARED)]
-    return (*words, f"supernet.sampler={way}", f"search.budgets={list(BUDGETS)}")
+    return (*words, f"supernet.epochs={EPOCHS}", f"supernet.sampler={way}", f"search.budgets={list(BUDGETS)}")
 
 
 def _subnets(
