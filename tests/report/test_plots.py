@@ -30,7 +30,7 @@ def test_the_same_results_draw_the_same_files_and_others_do_not(tmp_path):
     for name in ("screen-paper-seed0", "screen-drawn-2-seed0", "mixed-hasb-of-screen-kd-float-seed0"):
         (results / f"{name}.json").write_bytes((RESULTS / f"{name}.json").read_bytes())
     names = [path.name for path in draw(results, first)]
-    assert names == ["epochs-screen-8642.svg", "subnets.svg"]
+    assert names == ["epochs-screen-8642.svg", "subnets-screen-kd-float.svg", "widths-screen-kd-float.svg"]
     draw(results, second)
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 

@@ -6,8 +6,10 @@ Such a file has, beside what every result file has: "schedule" ("float" for the 
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from bitswitch.report.markdown import grouped, mean, table
 
 _Result = Mapping[str, Any]
 _QUANTITIES = {
@@ -30,13 +32,13 @@ def accuracy_tables(results: Sequence[_Result]) -> list[str]:
     floats = [one for one in results if one["schedule"] == "float"]
     if floats:
         tables.append(_float_table(floats))
-    groups = _grouped(
+    groups = grouped(
         (one for one in results if one["schedule"] != "float"), lambda r: (r["schedule"], tuple(r["bits"]))
     )
     for (schedule, bits), group in sorted(
         groups.items(), key=lambda item: (item[0][0] != "decide", item[0][0], item[0][1])
     ):
-        variants = sorted(_grouped(group, lambda r: r["variant"]).values(), key=lambda runs: _order(runs, bits))
+        variants = sorted(grouped(group, lambda r: r["variant"]).values(), key=lambda runs: _order(runs, bits))
         epochs = "/".join(map(str, sorted({one["epochs"] for one in group})))
         where = f"{schedule}, {epochs} epochs, bits {', '.join(map(str, bits))}"
         for split in dict.fromkeys(split for one in group for split in one["final"][str(bits[0])]):
@@ -44,13 +46,6 @@ def accuracy_tables(results: Sequence[_Result]) -> list[str]:
         tables.append(_curve_table(f"{where}: top-1 % on val after each epoch", variants, bits))
         tables.append(_scale_table(f"{where}: scales and gradients, first epoch → last", variants, bits))
     return tables
-
-
-def _grouped(results: Iterable[_Result], key: Any) -> dict[Any, list[_Result]]:
-    groups: dict[Any, list[_Result]] = {}
-    for one in results:
-        groups.setdefault(key(one), []).append(one)
-    return groups
 
 
 def _order(runs: Sequence[_Result], bits: Sequence[int]) -> float:
@@ -73,7 +68,7 @@ def _float_table(results: Sequence[_Result]) -> str:
         ]
         for one in sorted(results, key=lambda one: one["seeds"][0])
     ]
-    return _table("Float networks, the start of all others", head, rows, results)
+    return table("Float networks, the start of all others", head, rows, results)
 
 
 def _final_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int], split: str) -> str:
@@ -90,11 +85,11 @@ def _final_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequen
                 ", ".join(f"`{word}`" for word in runs[0]["changed"]) or "nothing",
                 ", ".join(str(run["seeds"][0]) for run in runs),
                 f"{_stored_bytes(runs[0]) / 1e3:,.0f}",
-                *(_mean([score["top1"] for score in one]) for one in scores),
-                *(_mean([score["drop"] for score in one]) for one in scores),
+                *(mean([score["top1"] for score in one]) for one in scores),
+                *(mean([score["drop"] for score in one]) for one in scores),
             ]
         )
-    return _table(title, head, rows, [run for runs in variants for run in runs])
+    return table(title, head, rows, [run for runs in variants for run in runs])
 
 
 def _stored_bytes(run: _Result) -> int:
@@ -112,7 +107,7 @@ def _curve_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequen
             rows.append(
                 [runs[0]["variant"], str(width), *(f"{statistics.mean(one):.2f}" if one else "" for one in reached)]
             )
-    return _table(title, ["variant", "bits", *map(str, range(1, epochs + 1))], rows)
+    return table(title, ["variant", "bits", *map(str, range(1, epochs + 1))], rows)
 
 
 def _scale_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int]) -> str:
@@ -121,35 +116,8 @@ def _scale_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequen
         for width in bits:
             cells = []
             for quantity in _QUANTITIES:
-                means = [run["means_over_layers"][str(width)][quantity] for run in runs]
-                first, last = (statistics.mean(mean[at] for mean in means) for at in (0, -1))
+                known = [run["means_over_layers"][str(width)][quantity] for run in runs]
+                first, last = (statistics.mean(one[at] for one in known) for at in (0, -1))
                 cells.append(f"{first:.3g} → {last:.3g}")
             rows.append([runs[0]["variant"], str(width), *cells])
-    return _table(title, ["variant", "bits", *_QUANTITIES.values()], rows)
-
-
-def _mean(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], results: Sequence[_Result] = ()) -> str:
-    lines = [f"**{title}**", "", _line(head), _line(["---"] * len(head)), *map(_line, rows)]
-    if results:
-        lines += ["", _source(results)]
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _source(results: Sequence[_Result]) -> str:
-    machines = {
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}" for m in (one["machine"] for one in results)
-    }
-    commits = {(commit or "unknown")[:12] for one in results for commit in one["commits"]}
-    data = {one["data"] for one in results}
-    return f"{'; '.join(sorted(data))}. Commits {', '.join(sorted(commits))}. {'; '.join(sorted(machines))}."
+    return table(title, ["variant", "bits", *_QUANTITIES.values()], rows)

@@ -10,15 +10,15 @@ from typing import Any
 
 from bitswitch import files
 from bitswitch.errors import require
+from bitswitch.report.subnets import ALIKE, SHOWN, by_joint, reached
 
 _Result = Mapping[str, Any]
-ALIKE = "all layers alike"
 # Distinct to colour-blind readers too (Okabe and Ito), and each with a mark of its own.
 _LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 
 
 def draw(results: str | Path, folder: str | Path) -> list[Path]:
-    """Draw what the result files hold: `epochs-<schedule>-<bits>.svg` and `subnets.svg`.
+    """Draw what the result files hold: `epochs-<schedule>-<bits>.svg`, `subnets-<job>.svg` and `widths-<job>.svg`.
 
     A figure names, in its description, the digest of the files that it was made from: see `digest`.
 
@@ -38,9 +38,9 @@ def draw(results: str | Path, folder: str | Path) -> list[Path]:
     for schedule, bits in sorted({(one["schedule"], tuple(one["bits"])) for one in trainings}):
         runs = [one for one in trainings if (one["schedule"], tuple(one["bits"])) == (schedule, bits)]
         figures[f"epochs-{schedule}-{''.join(map(str, bits))}.svg"] = _epochs(runs, bits)
-    subnets = [one for one in known.values() if "random" in one]
-    if subnets:
-        figures["subnets.svg"] = _subnets(subnets)
+    for joint, ways in by_joint([one for one in known.values() if "random" in one]).items():
+        figures[f"subnets-{joint}.svg"] = _subnets(ways)
+        figures[f"widths-{joint}.svg"] = _widths(ways)
     written = []
     for name, figure in figures.items():
         written.append(Path(folder) / name)
@@ -79,36 +79,62 @@ def _epochs(runs: Sequence[_Result], bits: Sequence[int]) -> Any:
     return figure
 
 
-def _subnets(results: Sequence[_Result]) -> Any:
-    """Top-1 on val of SubNets against average bits, a panel for each SuperNet."""
+def _subnets(ways: Mapping[str, Sequence[_Result]]) -> Any:
+    """Top-1 of SubNets against average bits, a panel for each way to a SuperNet; the mean of the seeds."""
     figure, panels = _pyplot().subplots(
-        1, len(results), figsize=(6 * len(results), 4.4), layout="constrained", squeeze=False, sharey=True
+        1, len(ways), figsize=(5 * len(ways), 4.6), layout="constrained", squeeze=False, sharey=True
     )
-    for panel, one in zip(panels[0], results, strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in one["rows"]:
-            if "random" not in row[1]:
-                lines.setdefault(row[1], []).append((row[0], float(row[2])))
-        for look, (label, points) in zip(_looks(), lines.items(), strict=False):
+    for panel, (way, runs) in zip(panels[0], ways.items(), strict=True):
+        known = [reached(run) for run in runs]
+        for look, label in zip(_looks(), known[0], strict=False):
+            points = [(bits, statistics.mean(one[label][bits][0] for one in known)) for bits in sorted(known[0][label])]
             # Between uniform widths there is nothing: no line joins them.
             line = {"linestyle": ""} if label == ALIKE else {}
-            panel.plot(*zip(*sorted(points), strict=True), label=label, markersize=5, **(look | line))
-        budgets = sorted(one["random"], key=float)
-        drawn = [[some[1] for some in one["random"][budget]] for budget in budgets]
+            panel.plot(*zip(*points, strict=True), label=label, markersize=5, **(look | line))
+        budgets = sorted(runs[0]["random"], key=float)
+        drawn = [[[some[1] for some in run["random"][budget]] for run in runs] for budget in budgets]
         panel.errorbar(
             [float(budget) for budget in budgets],
-            [statistics.mean(some) for some in drawn],
-            yerr=[statistics.stdev(some) for some in drawn],
-            label=f"{len(drawn[0])} at random, mean ± standard deviation",
+            [statistics.mean(map(statistics.mean, some)) for some in drawn],
+            yerr=[statistics.mean(map(statistics.stdev, some)) for some in drawn],
+            label=f"{len(drawn[0][0])} at random, mean ± spread among them",
             color="#777777",
             linestyle="--",
             capsize=3,
         )
-        panel.set_title(one["title"], fontsize="medium")
+        panel.set_title(f"{way} ({len(runs)})" if len(runs) > 1 else way)
         panel.set_xlabel("average bits of a weight's layer")
         panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("top-1 %, val")
-    panels[0, 0].legend(loc="lower right", frameon=False)
+    panels[0, 0].set_ylabel(f"top-1 %, {next(iter(ways.values()))[0]['split']}")
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=1 + len(ways), frameon=False
+    )
+    return figure
+
+
+def _widths(ways: Mapping[str, Sequence[_Result]]) -> Any:
+    """The width of every layer in what the programme chose: a panel for each budget and way, a row for each damage and seed."""
+    figure, panels = _pyplot().subplots(
+        len(SHOWN), len(ways), figsize=(6.4 * len(ways), 4.4 * len(SHOWN)), layout="constrained", squeeze=False
+    )
+    for column, (way, runs) in zip(panels.T, ways.items(), strict=True):
+        known = {run["seeds"][0]: reached(run) for run in runs}
+        for panel, budget in zip(column, SHOWN, strict=True):
+            rows = {
+                f"{label.removeprefix('programme, damage ')}, seed {seed}": found[label][budget][1]
+                for label in next(iter(known.values()))
+                if label != ALIKE
+                for seed, found in known.items()
+            }
+            widths = [[int(width) for width in digits] for digits in rows.values()]
+            panel.imshow(widths, aspect="auto", cmap="Blues", vmin=0, vmax=12)
+            for y, row in enumerate(widths):
+                for x, width in enumerate(row):
+                    panel.text(x, y, width, ha="center", va="center", fontsize="small")
+            panel.set_yticks(range(len(rows)), rows)
+            panel.set_xticks(range(len(widths[0])), range(1, len(widths[0]) + 1))
+            panel.set_title(f"{way}: {budget:g} average bits")
+            panel.set_xlabel("quantized layer, in the order of the network")
     return figure
 
 

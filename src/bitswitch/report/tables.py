@@ -11,6 +11,8 @@ from typing import Any
 from bitswitch import files
 from bitswitch.errors import UserError
 from bitswitch.report.accuracy import accuracy_tables
+from bitswitch.report.markdown import table
+from bitswitch.report.subnets import subnet_tables
 
 _BEGIN = "<!-- results:begin -->"
 _END = "<!-- results:end -->"
@@ -18,44 +20,42 @@ _END = "<!-- results:end -->"
 
 def render(result: Mapping[str, Any]) -> str:
     """One result as a Markdown table, followed by what gave it."""
-    columns = result["columns"]
-    lines = [f"**{result['title']}**", "", _line(columns), _line(["---"] * len(columns))]
-    lines += [_line(row) for row in result["rows"]]
+    rows = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in result["rows"]]
     machine = result["machine"]
     source = (
         f"`{result['command']}`, commit {(result['commit'] or 'unknown')[:12]}, data {result['data']}, "
         f"split {result['split']}, seeds {', '.join(map(str, result['seeds']))}, {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}."
     )
-    lines += ["", " ".join(part for part in (result.get("note"), source) if part)]
-    return "\n".join(lines)
-
-
-def _line(cells: list[Any]) -> str:
-    return f"| {' | '.join(f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in cells)} |"
+    below = " ".join(part for part in (result.get("note"), source) if part)
+    return f"{table(result['title'], result['columns'], rows)}\n\n{below}"
 
 
 def update(document: str | Path, results: str | Path) -> None:
     """Put the tables of all result files of a folder between the markers of a Markdown document.
 
-    Each file gives a table of its own; files of trainings, which name a variant, are put together instead.
+    Each file gives a table of its own; files of trainings, which name a variant, and of SubNets, which have random ones, are
+    put together instead.
 
     Raises:
         UserError: a result file lacks a field, or the document lacks the markers.
     """
     document = Path(document)
-    tables, trainings = [], []
+    tables, trainings, subnets = [], [], []
     for path in sorted(Path(results).glob("*.json")):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             if "variant" in value:
                 accuracy_tables([value])
                 trainings.append(value)
+            elif "random" in value:
+                subnet_tables([value])
+                subnets.append(value)
             else:
                 tables.append(render(value))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is not a result file: {error!r}") from error
-    tables += accuracy_tables(trainings)
+    tables += [*accuracy_tables(trainings), *subnet_tables(subnets)]
     text = document.read_text(encoding="utf-8")
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)

@@ -1,0 +1,45 @@
+"""Parts of Markdown tables that several tables share."""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+_Result = Mapping[str, Any]
+_Key = TypeVar("_Key")
+
+
+def grouped(results: Iterable[_Result], key: Callable[[_Result], _Key]) -> dict[_Key, list[_Result]]:
+    """Results by a key, each group in the order that they came in."""
+    groups: dict[_Key, list[_Result]] = {}
+    for one in results:
+        groups.setdefault(key(one), []).append(one)
+    return groups
+
+
+def mean(values: Sequence[float]) -> str:
+    """The mean with the sample standard deviation after ±, if there are two; nothing of nothing."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], results: Sequence[_Result] = ()) -> str:
+    """A table under its title; below it, what gave the results that it was put together from."""
+    lines = [f"**{title}**", "", _line(head), _line(["---"] * len(head)), *map(_line, rows)]
+    if results:
+        lines += ["", _source(results)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _source(results: Sequence[_Result]) -> str:
+    machines = {
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}" for m in (one["machine"] for one in results)
+    }
+    commits = {(commit or "unknown")[:12] for one in results for commit in one.get("commits", [one["commit"]])}
+    data = {one["data"] for one in results}
+    return f"{'; '.join(sorted(data))}. Commits {', '.join(sorted(commits))}. {'; '.join(sorted(machines))}."
