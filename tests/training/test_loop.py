@@ -140,6 +140,13 @@ def test_evaluate_counts_every_image_once(quantized, images):
         assert score.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
+def test_evaluate_calls_a_compiled_network(quantized, images):
+    """A compiled network is a module that has no length to be judged true or false by."""
+    batches = [(images, torch.arange(16) % 5)]
+    compiled = torch.compile(quantized, backend="eager")
+    assert evaluate(quantized, batches, [8, 2], forward=compiled) == evaluate(quantized, batches, [8, 2])
+
+
 def test_evaluate_refuses_labels_beyond_the_network(quantized, images):
     with pytest.raises(UserError, match="class 9"):
         evaluate(quantized, [(images, torch.full((16,), 9))], [8])
