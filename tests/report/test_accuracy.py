@@ -134,16 +134,16 @@ def places(monkeypatch, tmp_path):
 def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
     with pytest.raises(SystemExit, match="do float-seed0 first"):
         accuracy.do("screen-ours-seed0", places)
-    jobs = ("float-seed0", "screen-raw-seed0", "decide-lsq-seed0")
+    jobs = ("float-seed0", "screen-scale-lr-2e-3-seed0", "decide-lsq-seed0")
     for job in jobs:
         accuracy.do(job, places)
     base, screen, decide = (json.loads((places.results / f"{job}.json").read_text()) for job in jobs)
     assert set(base["final"]["float"]) == {"val", "test"} and len(base["curves"]["float"]["top1"]) == 2
 
-    assert screen["started_from"] == base["weights"] and screen["changed"] == ["train.scale_form=raw"]
-    artifact = places.work / "screen-raw-seed0" / "model.safetensors"
+    assert screen["started_from"] == base["weights"] and screen["changed"] == ["train.scale_lr=2e-3"]
+    artifact = places.work / "screen-scale-lr-2e-3-seed0" / "model.safetensors"
     assert screen["stored_bytes"] == artifact.stat().st_size < decide["stored_bytes"] / 2
-    assert '"test"' not in (places.results / "screen-raw-seed0.json").read_text()
+    assert '"test"' not in (places.results / "screen-scale-lr-2e-3-seed0.json").read_text()
     for document, splits in ((screen, {"val"}), (decide, {"val", "test"})):
         for width in ("8", "6", "4", "2"):
             assert set(document["final"][width]) == splits
@@ -160,7 +160,7 @@ def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
 
     # The pretrain stage of a job takes no step: its network is the file's.
     kept = read_weights(places.results / "float-seed0.safetensors")
-    used = read_weights(places.work / "screen-raw-seed0" / "checkpoints" / "pretrain.pt")
+    used = read_weights(places.work / "screen-scale-lr-2e-3-seed0" / "checkpoints" / "pretrain.pt")
     assert kept.keys() == used.keys() and all(kept[name].equal(used[name]) for name in kept)
 
     scores = places.results / "float-seed0.json"
