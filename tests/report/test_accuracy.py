@@ -156,7 +156,11 @@ def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
     (tmp_path / "d.md").write_text("<!-- results:begin --><!-- results:end -->")
     update(tmp_path / "d.md", places.results)
     text = (tmp_path / "d.md").read_text()
-    assert "screen, 1 epochs" in text and "decide, 2 epochs" in text and "| raw | `train.scale_form=raw` | 0 |" in text
+    assert (
+        "screen, 1 epochs" in text
+        and "decide, 2 epochs" in text
+        and "| scale-lr-2e-3 | `train.scale_lr=2e-3` | 0 |" in text
+    )
 
     # The pretrain stage of a job takes no step: its network is the file's.
     kept = read_weights(places.results / "float-seed0.safetensors")

@@ -64,7 +64,9 @@ def test_every_joint_training_has_tables_and_figures_of_its_own(tmp_path):
         f"{kind}-{joint}.svg" for kind in ("subnets", "widths") for joint in ("screen-ours", "decide-ours")
     }
     assert "top-1 %, test" in drawn["subnets-decide-ours.svg"] and "top-1 %, val" in drawn["subnets-screen-ours.svg"]
-    assert "none: 4 average bits" in drawn["widths-screen-ours.svg"] and "none: 4" not in drawn["widths-decide-ours.svg"]
+    assert (
+        "none: 4 average bits" in drawn["widths-screen-ours.svg"] and "none: 4" not in drawn["widths-decide-ours.svg"]
+    )
 
 
 def four(rows):
