@@ -62,9 +62,12 @@ RIVALS = ("lsq", "adabits", "bit_mixer", "per_width")
 TAUGHT = ("train.distillation.teacher=float",)
 TAUGHT_DRAWN_2 = (*TAUGHT, "train.forwards=2", "train.scale_lr=2e-3")
 TAUGHT_ALONE = (*TAUGHT_DRAWN_2, "train.distillation.weight=1")
+HOT = ("train.distillation.temperature=3",)
 # What else might help, each by itself on top of ours.
 BESIDE = {
-    "hot": ("train.distillation.temperature=3",),
+    "hot": HOT,
+    "hotter": ("train.distillation.temperature=10",),
+    "hot-per-channel": (*HOT, "train.per_channel=true"),
     "lr-1e-3": ("train.lr=1e-3",),
     "per-channel": ("train.per_channel=true",),
     "centred": ("train.method=centred",),
@@ -97,16 +100,17 @@ _HALF = "kd-float-drawn-2-scale-lr-2e-3"
 OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 VARIANTS |= {OURS: TAUGHT_ALONE}
 VARIANTS |= {f"{OURS}-{name}": (*TAUGHT_ALONE, *overrides) for name, overrides in (BESIDE | WITHOUT).items()}
-VARIANTS |= {f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for variant in ("paper", "lsq", OURS)}
+VARIANTS |= {f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for variant in ("paper", "lsq", f"{OURS}-hot")}
 # Two of three widths a step, for as many forwards as the ten epochs of the others have.
-VARIANTS[f"{OURS}-432"] += ("train.epochs=15",)
+VARIANTS[f"{OURS}-hot-432"] += ("train.epochs=15",)
 _SCREENED = (
     *("ours", "paper", "drawn-2", f"drawn-2{TWICE}", "kd-float", "scale-lr-2e-3", _HALF + TWICE, OURS + TWICE),
     *(f"{_HALF}-batch-64{TWICE}", *(f"{OURS}-{name}{TWICE}" for name in BESIDE)),
     *(OURS, *(f"{OURS}-{name}" for name in WITHOUT)),
 )
 _DECIDED = (
-    *("paper", "lsq", OURS + TWICE, f"{OURS}-per-channel{TWICE}", "paper-432", "lsq-432", f"{OURS}-432"),
+    *("paper", "lsq", OURS + TWICE, f"{OURS}-hot{TWICE}", f"{OURS}-per-channel{TWICE}"),
+    *("paper-432", "lsq-432", f"{OURS}-hot-432"),
     *("lsq-8-alone", "lsq-4-alone", "lsq-2-alone", "adabits", "bit-mixer"),
 )
 QUEUE = (
