@@ -1,8 +1,6 @@
 """The file: header, bit planes, tensors, read and write. NumPy and safetensors alone."""
 
 from bitswitch.artifact.file import (
-    GRAPH,
-    Located,
     graph_of,
     is_artifact,
     read,
@@ -15,6 +13,7 @@ from bitswitch.artifact.file import (
 )
 from bitswitch.artifact.frontier import check_choice, within_budget
 from bitswitch.artifact.header import Header, LayerEntry, tensor_name
+from bitswitch.artifact.layout import GRAPH, Located
 from bitswitch.artifact.planes import plane_bytes
 from bitswitch.artifact.shipped import located, shipped
 

@@ -8,7 +8,7 @@ the place of the planes.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -17,38 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from bitswitch import files
-from bitswitch.artifact import container
 from bitswitch.artifact.container import DTYPES, MOST_TABLE_BYTES, Entry
 from bitswitch.artifact.header import KEY, Header, tensor_name
-from bitswitch.artifact.planes import pack, plane_bytes, unpack
+from bitswitch.artifact.layout import GRAPH, Located, check_reach, locate, plane_name, reserved
+from bitswitch.artifact.planes import pack, unpack
 from bitswitch.artifact.source import Damaged, Source, opened
-from bitswitch.codes import MOST_BITS, bits_read, signed_range
+from bitswitch.codes import bits_read, signed_range
 from bitswitch.errors import UserError
 
-# The tensor that holds the network's graph.
-GRAPH = "graph"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Located:
-    """What an artifact holds and where: with it, the rest of its planes can be read later.
-
-    Attributes:
-        path: of the file, or its URL.
-        header: of the artifact.
-        entries: {tensor of the file: its type, shape and place}, in the order of the file.
-    """
-
-    path: str
-    header: Header
-    entries: Mapping[str, Entry]
-
-    def bytes_read(self, width: int) -> int:
-        """How many bytes of the file it takes to load a width in torch: header, floats and planes, without the graph."""
-        last = plane_name(bits_read(self.header.widths[0], width) - 1)
-        graph = self.entries.get(GRAPH)
-        return self.entries[last].stop - (0 if graph is None else graph.stop - graph.start)
 
 
 def checksum(dtype: str, shape: Sequence[int], content: bytes | bytearray | memoryview) -> str:
@@ -56,11 +33,6 @@ def checksum(dtype: str, shape: Sequence[int], content: bytes | bytearray | memo
     hasher = hashlib.sha256(files.canonical_json([dtype, list(shape)]).encode())
     hasher.update(content)
     return hasher.hexdigest()[:16]
-
-
-def plane_name(i: int) -> str:
-    """The name of a plane; number 0 is the most significant."""
-    return f"plane.{i}"
 
 
 def write(path: str | Path, header: Header, tensors: Mapping[str, np.ndarray]) -> None:
@@ -120,7 +92,7 @@ def read_header(path: str | Path) -> Header:
         UserError: there is no such file, or it is not an artifact that this package reads.
     """
     with opened(path) as source, _naming(path):
-        return _locate(source, path).header
+        return locate(source, path).header
 
 
 def served_widths(path: str | Path) -> tuple[int, ...]:
@@ -130,7 +102,7 @@ def served_widths(path: str | Path) -> tuple[int, ...]:
         UserError: there is no such file, or it is not an artifact that this package reads.
     """
     with opened(path) as source, _naming(path):
-        return _served(source, _locate(source, path))
+        return locate(source, path).widths_within(source.size)
 
 
 def is_artifact(path: str | Path) -> bool:
@@ -156,7 +128,7 @@ def read(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:
         UserError: there is no such file, or it is not an artifact that this package reads, or it is altered or cut off.
     """
     with opened(path) as source, _naming(path):
-        located = _locate(source, path)
+        located = locate(source, path)
         return located.header, _read_tensors(source, located, located.header.widths[0], graph=True)
 
 
@@ -173,9 +145,9 @@ def read_held(path: str | Path) -> tuple[Located, dict[str, np.ndarray], tuple[i
         UserError: as `read`; or it is cut off before the planes of its lowest width end.
     """
     with opened(path) as source, _naming(path):
-        located = _locate(source, path)
+        located = locate(source, path)
         # Where it serves none, reading all tells so.
-        widths = _served(source, located) or located.header.widths
+        widths = located.widths_within(source.size) or located.header.widths
         planes = bits_read(located.header.widths[0], widths[0])
         return located, _read_tensors(source, located, planes, graph=True), widths
 
@@ -192,7 +164,7 @@ def read_part(path: str | Path, planes: Callable[[Header], int]) -> tuple[Locate
     """
     with opened(path) as source:
         with _naming(path):
-            located = _locate(source, path)
+            located = locate(source, path)
         count = planes(located.header)
         with _naming(path):
             return located, _read_tensors(source, located, count, graph=False)
@@ -218,66 +190,10 @@ def read_planes(located: Located, first: int, stop: int) -> dict[str, np.ndarray
         return _unpack(located.header, list(_read(source, located, names).values()), first)
 
 
-def _locate(source: Source, path: str | Path) -> Located:
-    table, start = container.read_table(source)
-    text = container.metadata(table, KEY)
-    if text is None:
-        raise Damaged("it is not an artifact of bitswitch (no such header)")
-    header = Header.from_text(text)
-    entries = container.entries(table, start)
-    _check_layout(header, entries)
-    end = max(entry.stop for entry in entries.values())
-    if source.size > end:
-        raise Damaged(f"{source.size - end} bytes follow its last tensor")
-    return Located(path=str(path), header=header, entries=entries)
-
-
-def _check_layout(header: Header, entries: Mapping[str, Entry]) -> None:
-    """Every tensor of the header and no other; floats first, planes last, the most significant first."""
-    if entries.keys() != header.checksums.keys():
-        missing = sorted(header.checksums.keys() - entries.keys())
-        extra = sorted(entries.keys() - header.checksums.keys())
-        raise Damaged(f"it lacks tensor {missing[0]!r}" if missing else f"it has a tensor of its own, {extra[0]!r}")
-    planes = [plane_name(i) for i in range(header.widths[0])]
-    names = list(entries)
-    if names[-len(planes) :] != planes:
-        raise Damaged(f"its planes do not come last, from {planes[0]} to {planes[-1]}")
-    size = plane_bytes([layer.shape for layer in header.layers])
-    for name in planes:
-        _check_entry(name, entries[name], "U8", (size,))
-    rest = names[: -len(planes)]
-    if GRAPH in rest:
-        if rest[-1] != GRAPH:
-            raise Damaged("its graph does not come right before the planes")
-        rest.pop()
-        _check_entry(GRAPH, entries[GRAPH], "U8", (entries[GRAPH].stop - entries[GRAPH].start,))
-    reserved = _reserved(header)
-    for name in rest:
-        if name in reserved or entries[name].dtype == "U8":
-            raise Damaged(f"it has a tensor {name!r} that this bitswitch does not know", "upgrade bitswitch")
-
-
-def _check_entry(name: str, entry: Entry, dtype: str, shape: tuple[int, ...]) -> None:
-    if (entry.dtype, entry.shape) != (dtype, shape):
-        raise Damaged(f"tensor {name!r} is {entry.dtype} {list(entry.shape)}, not {dtype} {list(shape)}")
-
-
-def _reserved(header: Header) -> set[str]:
-    """Names that no float32 or int32 tensor may have."""
-    layers = [layer.name for layer in header.layers]
-    planes = {plane_name(i) for i in range(MOST_BITS)}
-    return {
-        GRAPH,
-        *planes,
-        *(f"multiplier.{name}" for name in layers),
-        *(tensor_name(name, "codes") for name in layers),
-    }
-
-
 def _check_names(header: Header, tensors: Mapping[str, np.ndarray]) -> None:
-    reserved = _reserved(header)
+    kept = reserved(header)
     for name, array in tensors.items():
-        if (name == GRAPH) != (array.dtype == np.uint8) or (name in reserved and name != GRAPH):
+        if (name == GRAPH) != (array.dtype == np.uint8) or (name in kept and name != GRAPH):
             raise UserError(
                 f"tensor {name!r} ({array.dtype}) has a name that the artifact keeps for its own: rename it"
             )
@@ -287,7 +203,7 @@ def _check_names(header: Header, tensors: Mapping[str, np.ndarray]) -> None:
 
 def _read(source: Source, located: Located, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Tensors of the file, given in its order: neighbours in one read, each held against its checksum."""
-    _check_reach(source, located, names)
+    check_reach(source, located, names)
     entries = {name: located.entries[name] for name in names}
     found = {}
     for run in _runs(entries):
@@ -311,27 +227,6 @@ def _runs(entries: Mapping[str, Entry]) -> Iterator[list[str]]:
         gaps[name], stop = gap, entry.stop
     for _, run in groupby(entries, gaps.__getitem__):
         yield list(run)
-
-
-def _check_reach(source: Source, located: Located, names: Sequence[str]) -> None:
-    """Say of a file that is cut off what it can still do, before anything of it is read."""
-    header, entries = located.header, located.entries
-    if all(entries[name].stop <= source.size for name in names):
-        return
-    whole, served = _whole(source, located), _served(source, located)
-    what = f"it serves {served[0]} bits at most" if served else "it serves no width"
-    advice = f"load bits={served[0]}, or fetch the rest" if served else "fetch the rest"
-    raise Damaged(f"it is cut off after {source.size} bytes, with {whole} of {header.widths[0]} planes: {what}", advice)
-
-
-def _whole(source: Source, located: Located) -> int:
-    """How many planes the file holds."""
-    return sum(located.entries[plane_name(i)].stop <= source.size for i in range(located.header.widths[0]))
-
-
-def _served(source: Source, located: Located) -> tuple[int, ...]:
-    widths = located.header.widths
-    return tuple(width for width in widths if bits_read(widths[0], width) <= _whole(source, located))
 
 
 @contextmanager
