@@ -30,9 +30,10 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 results: $(VENV)/.dev
-	$(BIN)/python -m bitswitch.report README.md results
+	$(BIN)/python -m bitswitch.report README.md results/cifar10 --brief
+	$(BIN)/python -m bitswitch.report docs/checks.md results
 	$(BIN)/python -m bitswitch.report docs/performance.md results/performance
-	MPLBACKEND=agg $(BIN)/python -m bitswitch.report docs/results.md results/cifar10 docs/plots
+	MPLBACKEND=agg $(BIN)/python -m bitswitch.report docs/results.md results/cifar10 --figures docs/plots
 	$(BIN)/python -m bitswitch.report docs/models.md results/shipped
 
 clean:

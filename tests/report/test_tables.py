@@ -52,7 +52,7 @@ def test_bad_files(tmp_path):
 @pytest.mark.parametrize(
     ("document", "results"),
     [
-        ("README.md", "."),
+        ("docs/checks.md", "."),
         ("docs/performance.md", "performance"),
         ("docs/results.md", "cifar10"),
         ("docs/models.md", "shipped"),
@@ -63,6 +63,13 @@ def test_documents_hold_what_the_result_files_say(tmp_path, document, results):
     copy.write_text((ROOT / document).read_text())
     update(copy, ROOT / "results" / results)
     assert copy.read_text() == (ROOT / document).read_text(), "run: make results"
+
+
+def test_the_readme_holds_what_was_decided(tmp_path):
+    copy = tmp_path / "copy.md"
+    copy.write_text((ROOT / "README.md").read_text())
+    update(copy, ROOT / "results" / "cifar10", brief=True)
+    assert copy.read_text() == (ROOT / "README.md").read_text(), "run: make results"
 
 
 def test_what_benchmarks_write_is_a_table(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def _final_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequen
                 runs[0]["variant"],
                 ", ".join(f"`{word}`" for word in runs[0]["changed"]) or "nothing",
                 ", ".join(str(run["seeds"][0]) for run in runs),
-                f"{_stored_bytes(runs[0]) / 1e3:,.0f}",
+                f"{stored_bytes(runs[0]) / 1e3:,.0f}",
                 *(mean([score["top1"] for score in one]) for one in scores),
                 *(mean([score["drop"] for score in one]) for one in scores),
             ]
@@ -92,7 +92,8 @@ def _final_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequen
     return table(title, head, rows, [run for runs in variants for run in runs])
 
 
-def _stored_bytes(run: _Result) -> int:
+def stored_bytes(run: _Result) -> int:
+    """What a training leaves to be stored: an artifact, or a rival's weights."""
     # Older files name what an artifact has, and none of them is of a training without one.
     return int(run.get("stored_bytes") or run["artifact_bytes"])
 

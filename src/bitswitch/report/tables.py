@@ -11,6 +11,7 @@ from typing import Any
 from bitswitch import files
 from bitswitch.errors import UserError
 from bitswitch.report.accuracy import accuracy_tables
+from bitswitch.report.headline import headline
 from bitswitch.report.markdown import table
 from bitswitch.report.subnets import subnet_tables
 
@@ -31,17 +32,22 @@ def render(result: Mapping[str, Any]) -> str:
     return f"{table(result['title'], result['columns'], rows)}\n\n{below}"
 
 
-def update(document: str | Path, results: str | Path) -> None:
+def update(document: str | Path, results: str | Path, *, brief: bool = False) -> None:
     """Put the tables of all result files of a folder between the markers of a Markdown document.
 
     Each file gives a table of its own; files of trainings, which name a variant, and of SubNets, which have random ones, are
     put together instead.
 
+    Args:
+        document: Markdown with the two markers.
+        results: folder of result files.
+        brief: what trainings decided, and nothing else; see `bitswitch.report.headline`.
+
     Raises:
         UserError: a result file lacks a field, or the document lacks the markers.
     """
     document = Path(document)
-    tables, trainings, subnets = [], [], []
+    singles, trainings, subnets = [], [], []
     for path in sorted(Path(results).glob("*.json")):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -52,10 +58,10 @@ def update(document: str | Path, results: str | Path) -> None:
                 subnet_tables([value])
                 subnets.append(value)
             else:
-                tables.append(render(value))
+                singles.append(render(value))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is not a result file: {error!r}") from error
-    tables += [*accuracy_tables(trainings), *subnet_tables(subnets)]
+    tables = headline(trainings) if brief else [*singles, *accuracy_tables(trainings), *subnet_tables(subnets)]
     text = document.read_text(encoding="utf-8")
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)

@@ -1,0 +1,39 @@
+"""The README's table of trainings."""
+
+from bitswitch.report.headline import LABELS, headline
+from report.trainings import training
+
+OURS = next(iter(LABELS))
+
+
+def runs(variant, *drops, bits=(8, 2), schedule="decide"):
+    """One run for each drop, in the order of seeds; the float network stands at 90."""
+    return [
+        training(variant, seed, top1=90.0 - drop, drop=drop, bits=bits, schedule=schedule)
+        for seed, drop in enumerate(drops)
+    ]
+
+
+def test_rows_are_means_beside_float_in_the_order_of_the_labels():
+    (table,) = headline([*runs("paper", 2.0, 1.0), *runs(OURS, -1.0, 0.5)])
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "---" not in line]
+    assert rows == [
+        "|  | stores, kB | 8 bits | 2 bits |",
+        "| float |  | 90.00 | 90.00 |",
+        "| bitswitch | 123 | 90.25 (+0.25) | 90.25 (+0.25) |",
+        "| the paper's recipe | 123 | 88.50 (-1.50) | 88.50 (-1.50) |",
+    ]
+    assert "mean of seeds 0, 1" in table and "JPEG" in table and "abcdef012345" in table
+
+
+def test_what_has_no_label_no_test_or_not_all_seeds_is_left_out():
+    known = runs(OURS, 1.0, 1.0)
+    more = [*runs("other", 0.0, 0.0), *runs("paper", 0.0, schedule="screen"), *runs("lsq", 0.0)]
+    assert headline([*known, *more]) == headline(known)
+    assert headline(more[:3]) == []
+
+
+def test_every_list_of_widths_has_a_table():
+    tables = headline([*runs(OURS, 1.0), *runs("paper", 1.0, bits=(4, 3, 2))])
+    assert ["8, 2 bits" in table for table in tables] == [True, False]
+    assert ["4, 3, 2 bits" in table for table in tables] == [False, True]
