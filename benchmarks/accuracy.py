@@ -83,6 +83,7 @@ WITHOUT = {
     "accumulate": ("train.order=accumulate",),
     "kd-highest": ("train.distillation.teacher=highest",),
     "per-width": ("train.method=per_width",),
+    "lsq": ("train.method=lsq",),
 }
 VARIANTS: dict[str, tuple[str, ...]] = {
     "ours": (),
