@@ -135,29 +135,29 @@ def _subnets(
     damage = {
         "hessian": search.damage_table(model, traces),
         "linear": search.damage_table(model, traces, "linear"),
-        "measured on val": search.measured_damage(model, lambda some: _top1(model, data, "val", some, views)),
+        "measured on val": search.measured_damage(model, lambda some: top1_of(model, data, "val", some, views)),
     }
     problems = {form: search.Problem(damage=table, costs=search.cost_tables(model)) for form, table in damage.items()}
     uniform = [Assignment(tuple((name, width) for name in layers)) for width in widths]
     chosen = {
         (form, budget): problem.solve({"bits": budget}) for form, problem in problems.items() for budget in BUDGETS
     }
-    drawn = {budget: _random(tuple(layers), widths, budget, seed) for budget in BUDGETS}
+    drawn = {budget: random_subnets(tuple(layers), widths, budget, seed) for budget in BUDGETS}
     asked = [*uniform, *(one.assignment for one in chosen.values()), *(one for some in drawn.values() for one in some)]
-    top1 = dict(zip(asked, _top1(model, data, split, asked, views), strict=True))
+    top1 = dict(zip(asked, top1_of(model, data, split, asked, views), strict=True))
     rows: list[list[Any]] = [
-        [width, "all layers alike", _cells([top1[one]]), _digits(one)]
+        [width, "all layers alike", mean_and_spread([top1[one]]), digits(one)]
         for width, one in zip(widths, uniform, strict=True)
     ]
     ranks: dict[str, dict[str, float]] = {}
     for budget in BUDGETS:
         for form, problem in problems.items():
             choice = chosen[form, budget].assignment
-            rows.append([budget, f"programme, damage {form}", _cells([top1[choice]]), _digits(choice)])
+            rows.append([budget, f"programme, damage {form}", mean_and_spread([top1[choice]]), digits(choice)])
             suffers = [problem.choice(one).damage for one in drawn[budget]]
             rank = spearmanr(suffers, [top1[one] for one in drawn[budget]]).statistic
             ranks.setdefault(form, {})[str(budget)] = round(float(rank), 3)
-        cells = _cells([top1[one] for one in drawn[budget]])
+        cells = mean_and_spread([top1[one] for one in drawn[budget]])
         rows.append([budget, f"{RANDOM} at random, mean ± standard deviation", cells, ""])
     return {
         "columns": ["average bits", "SubNet", f"top-1 %, {split}", "widths"],
@@ -166,11 +166,11 @@ def _subnets(
         "layers": list(layers),
         "traces": {name: traces[name] for name in layers},
         "damage": {form: {name: list(table[name].values()) for name in layers} for form, table in damage.items()},
-        "random": {str(budget): [[_digits(one), top1[one]] for one in some] for budget, some in drawn.items()},
+        "random": {str(budget): [[digits(one), top1[one]] for one in some] for budget, some in drawn.items()},
     }
 
 
-def _random(layers: Sequence[str], widths: Sequence[int], budget: float, seed: int) -> list[Assignment]:
+def random_subnets(layers: Sequence[str], widths: Sequence[int], budget: float, seed: int) -> list[Assignment]:
     """Assignments drawn evenly among all whose sum of widths is the greatest within a budget of average bits.
 
     Layers are drawn independently, with probabilities that fall or rise exponentially with the width: how probable an
@@ -195,7 +195,7 @@ def _random(layers: Sequence[str], widths: Sequence[int], budget: float, seed: i
     return list(found)
 
 
-def _top1(
+def top1_of(
     model: torch.nn.Module,
     data: DataSet,
     split: str,
@@ -217,11 +217,11 @@ def _batches(data: DataSet, split: str) -> Iterator[tuple[torch.Tensor, torch.Te
         yield x.contiguous(memory_format=torch.channels_last), y
 
 
-def _digits(assignment: Assignment) -> str:
+def digits(assignment: Assignment) -> str:
     return "".join(str(width) for _, width in assignment.items())
 
 
-def _cells(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
 

@@ -27,7 +27,7 @@ def test_seeds_become_their_mean_and_spread_and_the_best_comes_first():
     assert "| 0 | 123 | 85.00 | 85.00 | 5.00 |" in worse
     assert on_test.index(better) < on_test.index(worse)
     assert "JPEG" in on_test and "abcdef012345" in on_test and "2 threads" in on_test
-    assert "| better | 2 | 87.50 | 88.50 |" in curves and "0.001 → 0.25" in scales
+    assert "| better | 2 | 87.50 | 88.50 | 88.00 |" in curves and "0.001 → 0.25" in scales
 
 
 def test_schedules_and_lists_of_widths_are_kept_apart_and_a_screen_has_no_test():
@@ -51,7 +51,14 @@ def test_a_run_that_stopped_earlier_leaves_its_later_epochs_empty():
         training("b", 0, top1=70.0, drop=1.0, schedule="screen", epochs=1),
     ]
     _, curves, _ = accuracy_tables(runs)
-    assert "| a | 8 | 79.00 | 80.00 |" in curves and "| b | 8 | 69.00 |  |" in curves
+    assert "| a | 8 | 79.00 | 80.00 | 79.50 |" in curves and "| b | 8 | 69.00 |  | 69.00 |" in curves
+
+
+def test_the_last_column_is_the_mean_of_the_last_four_epochs_and_no_more():
+    run = training("a", 0, top1=80.0, drop=1.0, schedule="screen", epochs=6)
+    run["curves"]["8"]["top1"] = [10.0, 20.0, 81.0, 82.0, 83.0, 84.0]
+    _, curves, _ = accuracy_tables([run])
+    assert "| a | 8 | 10.00 | 20.00 | 81.00 | 82.00 | 83.00 | 84.00 | 82.50 |" in curves
 
 
 def test_a_damaged_training_is_named(tmp_path):

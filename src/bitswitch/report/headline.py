@@ -10,10 +10,14 @@ from bitswitch.report.markdown import grouped, table
 _Result = Mapping[str, Any]
 _OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 # What is shown, in this order, and what a reader who does not know our names for it is told.
+_PAPER, _LSQ = "the paper's recipe", "LSQ jointly, float weights kept"
 LABELS = {
     f"{_OURS}-twice-as-long": "bitswitch",
-    "paper": "the paper's recipe",
-    "lsq": "LSQ jointly, float weights kept",
+    f"{_OURS}-hot-432": "bitswitch",
+    "paper": _PAPER,
+    "paper-432": _PAPER,
+    "lsq": _LSQ,
+    "lsq-432": _LSQ,
 }
 
 
