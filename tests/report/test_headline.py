@@ -34,6 +34,11 @@ def test_what_has_no_label_no_test_or_not_all_seeds_is_left_out():
 
 
 def test_every_list_of_widths_has_a_table():
-    tables = headline([*runs(OURS, 1.0), *runs("paper", 1.0, bits=(4, 3, 2))])
+    tables = headline([*runs(OURS, 1.0), *runs(OURS, 1.0, bits=(4, 3, 2))])
     assert ["8, 2 bits" in table for table in tables] == [True, False]
     assert ["4, 3, 2 bits" in table for table in tables] == [False, True]
+
+
+def test_a_list_of_widths_without_ours_has_no_table():
+    known = [*runs(OURS, 1.0), *runs("paper", 1.0)]
+    assert headline([*known, *runs("paper", 1.0, bits=(4, 3, 2))]) == headline(known)

@@ -10,10 +10,10 @@ from bitswitch.report.markdown import grouped, table
 _Result = Mapping[str, Any]
 _OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 # What is shown, in this order, and what a reader who does not know our names for it is told.
-_PAPER, _LSQ = "the paper's recipe", "LSQ jointly, float weights kept"
+_SELF, _PAPER, _LSQ = "bitswitch", "the paper's recipe", "LSQ jointly, float weights kept"
 LABELS = {
-    f"{_OURS}-twice-as-long": "bitswitch",
-    f"{_OURS}-hot-432": "bitswitch",
+    f"{_OURS}-twice-as-long": _SELF,
+    f"{_OURS}-hot-432": _SELF,
     "paper": _PAPER,
     "paper-432": _PAPER,
     "lsq": _LSQ,
@@ -25,7 +25,8 @@ def headline(results: Sequence[_Result]) -> list[str]:
     """For every list of widths that has been decided: top-1 on test, the mean of the seeds, beside the float networks'.
 
     Args:
-        results: of trainings; see `bitswitch.report.accuracy`. A way of training is shown once it has all seeds of its list.
+        results: of trainings; see `bitswitch.report.accuracy`. A way of training is shown once it has all seeds of its
+            list, and a list once ours is.
     """
     decided = [one for one in results if one["schedule"] == "decide" and one["variant"] in LABELS]
     tables = []
@@ -39,6 +40,8 @@ def headline(results: Sequence[_Result]) -> list[str]:
             for variant, some in grouped(runs, lambda one: one["variant"]).items()
             if len(some) == len(levels)
         }
+        if _SELF not in map(LABELS.get, variants):
+            continue
         rows = [["float", "", *[f"{statistics.mean(levels.values()):.2f}"] * len(bits)]]
         for variant in sorted(variants, key=list(LABELS).index):
             scores = [[run["final"][str(width)]["test"] for run in variants[variant]] for width in bits]
