@@ -467,3 +467,37 @@ def test_another_number_of_ranks_is_told(capsys, copied):
     (copied / "stages.json").write_text(json.dumps(records))
     status, _, err = call(capsys, "run", "digits", *SHORT, "--out", copied, "--json")
     assert status == 0 and "taken up after epoch 1 of 1; it ran on 3 processes before, on 1 now" in err
+
+
+def test_a_part_of_one_image_is_too_small_for_batch_normalization(capsys, tmp_path):
+    (tmp_path / "narrow_network.py").write_text(
+        "from torch import nn\n"
+        "def net(num_classes=10):\n"
+        "    first = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3, bias=False), nn.AdaptiveAvgPool2d(1)]\n"
+        "    return nn.Sequential(*first, nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, num_classes))\n"
+    )
+    words = ["run", "digits", *SHORT, "model.name=narrow_network:net", "model.args={}", "pretrain.batch_size=32"]
+    sys.path.insert(0, str(tmp_path))
+    try:
+        result = call(capsys, *words, "pretrain.micro_batches=32", "--out", tmp_path / "x")
+    finally:
+        sys.path.remove(str(tmp_path))
+    one_line(result, "stage pretrain", "batch normalization", "lower pretrain.micro_batches")
+
+
+def test_weights_that_bring_an_architecture_of_their_own_are_refused(capsys, tmp_path, monkeypatch):
+    (tmp_path / "own_weights.py").write_text(
+        "from bitswitch.models import build\n"
+        "class Scaled(type(build('cifar_resnet8', {'in_channels': 1}))):\n"
+        "    def forward(self, x): return super().forward(2 * x)\n"
+        "def net(num_classes, weights=None, as_with_weights=False):\n"
+        "    network = build('cifar_resnet8', {'in_channels': 1, 'num_classes': num_classes})\n"
+        "    if weights or as_with_weights: network.__class__ = Scaled\n"
+        "    return network\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["pretrain", "digits", "pretrain.epochs=0", "model.name=own_weights:net"]
+    args = "num_classes: 10, weights: V1"
+    one_line(call(capsys, *words, f"model.args={{{args}}}", "--out", tmp_path / "a"), "another network with weights=V1")
+    status, _, err = call(capsys, *words, f"model.args={{{args}, as_with_weights: true}}", "--out", tmp_path / "b")
+    assert status == 0, err

@@ -20,6 +20,7 @@ from bitswitch.artifact import read_header
 from bitswitch.cli.console import stdout_kept_clean
 from bitswitch.data import load_data
 from bitswitch.errors import UserError
+from bitswitch.machine import machine
 from bitswitch.nn import TransitionalBatchNorm, plan_of
 from bitswitch.runtime import Session
 from bitswitch.runtime.packing import unpacked
@@ -121,6 +122,27 @@ def test_predictions_are_kept(capsys, done, monkeypatch):
     assert call(capsys, *words)[1] == first[1]
 
 
+def test_predictions_of_other_software_or_of_own_code_are_not_taken(capsys, done, monkeypatch):
+    words = ["evaluate", done / "supernet.safetensors", "--assignment", done / "frontier.json", "--json"]
+    call(capsys, *words)
+    kept = Path(os.environ["XDG_CACHE_HOME"]) / "bitswitch"
+    before = set(kept.glob("predictions-*"))
+    there = machine(torch.device("cpu"))
+    monkeypatch.setattr("bitswitch.evaluation.machine", lambda device: there | {"torch": "another"})
+    assert call(capsys, *words)[0] == 0
+    assert len(set(kept.glob("predictions-*"))) == 2 * len(before)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept.parent))
+    shutil.rmtree(kept)
+    (kept.parent / "own_network.py").write_text(
+        "from bitswitch.models import build\ndef net(**_): return build('cifar_resnet8', {'in_channels': 1})\n"
+    )
+    monkeypatch.syspath_prepend(str(kept.parent))
+    status, _, err = call(capsys, *words, "--model", "own_network:net")
+    assert status == 0, err
+    assert not list(kept.glob("predictions-*"))
+
+
 @pytest.mark.parametrize("of", ["#2", "avg<=5", "file"])
 def test_one_assignment(capsys, done, tmp_path, of):
     name = {"#2": f"{done / 'frontier.json'}#2", "avg<=5": of, "file": tmp_path / "own.json"}[of]
@@ -211,6 +233,13 @@ def test_every_kind_of_supernet(capsys, copied, options):
     assert header.transitional == ("supernet.batch_norm=switchable" not in options)
 
 
+def test_a_supernet_of_channels_last_is_searched_in_that_memory_format(capsys, copied):
+    words = [*SHORT, "supernet.epochs=1", "supernet.channels_last=true", "--out", copied]
+    for stage in ("supernet", "search"):
+        status, _, err = call(capsys, stage, "digits", *words, "--fresh", "--json")
+        assert status == 0, err
+
+
 def test_a_latency_table(capsys, copied, tmp_path):
     path = tmp_path / "latency.json"
     layers = list(choices(copied)[0]["assignment"])
@@ -234,6 +263,8 @@ def test_a_latency_table(capsys, copied, tmp_path):
         (["search", "digits", "search.budgets=[{latency: 3}]"], ["'latency'", "search.latency"]),
         (["search", "digits", "search.latency=none.json"], ["none.json"]),
         (["search", "digits", "search.budgets=[1.5]"], ["can be from 2 to 8"]),
+        (["search", "digits", "search.genetic_evaluations=5"], ["shared by 6 budgets"]),
+        (["search", "digits", "supernet.sandwich=true", "supernet.sampler=fixed"], ["sandwich", "sampler=hasb"]),
         (["search", "digits", "search.tied=[[conv9, conv8]]"], ["no layer is named 'conv9'"]),
         (["search", "digits", "data.val_fraction=0"], ["data.val_fraction was 0.1"]),
         (["search", "digits", "supernet.sampler=hasp"], ["supernet.sampler='hasp'"]),
@@ -386,3 +417,14 @@ def test_two_ranks_train_one_supernet_and_share_its_evaluation(capsys, copied):
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
     one = json.loads(call(capsys, *words)[1])["results"]
     assert one == two
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(64, [64]), (129, [65, 64]), (300, [100, 100, 100])])
+def test_batches_that_count_alike_in_a_trace_are_alike(capsys, copied, monkeypatch, images, sizes):
+    def seen(model, loss, batches, **_):
+        assert [len(x) for x, _ in batches] == [len(y) for _, y in batches] == sizes
+        raise UserError("enough")
+
+    monkeypatch.setattr("bitswitch.pipeline.subnets.room.hessian_trace", seen)
+    words = ["sensitivity", "digits", *SHORT[:3], f"sensitivity.images={images}", "--out", copied, "--fresh"]
+    one_line(call(capsys, *words), "enough")

@@ -126,6 +126,14 @@ class SupernetPart(QuantizedPart):
     batch_norm: Literal["transitional", "switchable"] = "transitional"
     watched: int = Field(4, ge=0)
 
+    @model_validator(mode="after")
+    def _drawn(self) -> "SupernetPart":
+        if self.sandwich and self.sampler == "fixed":
+            raise ValueError(
+                "supernet.sandwich=true draws its middle forward: use sampler=hasb or uniform, or sandwich=false"
+            )
+        return self
+
     @field_validator("sensitive")
     @classmethod
     def _quantile(cls, value: Any) -> Any:

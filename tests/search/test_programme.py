@@ -5,6 +5,7 @@ import random
 import pytest
 
 from bitswitch.errors import UserError
+from bitswitch.search import budgets_between
 from bitswitch.search.programme import Problem, alternatives, frontier, pareto
 
 
@@ -132,3 +133,15 @@ def test_bad_tables(change, words):
 def test_an_unknown_budget():
     with pytest.raises(UserError, match="did you mean 'average_bits'"):
         simple(a=(0, 1, 2)).solve({"average_bit": 4})
+
+
+# 250 and 265 are such that the presolve of HiGHS calls the least budget infeasible.
+@pytest.mark.parametrize("seed", [*range(40), 250, 265])
+def test_budgets_between_can_all_be_met_and_reach_both_ends(seed):
+    """With ties, too: two layers that are fastest at different widths cannot both be."""
+    problem, _ = instance(seed)
+    for cost in problem.costs:
+        least, middle, most = budgets_between(problem, cost, 3)
+        for budget in (least, middle, most):
+            assert problem.solve(budget).cost[cost] <= budget[cost] * (1 + 1e-9)
+        assert problem.solve(least).cost[cost] == pytest.approx(least[cost])

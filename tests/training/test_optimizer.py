@@ -125,3 +125,17 @@ def test_bad_width_and_model(quantized, network):
         bs.MultiPrecisionOptimizer(quantized).step(5)
     with pytest.raises(UserError, match="no quantized layer"):
         bs.MultiPrecisionOptimizer(network)
+
+
+def test_accumulated_scales_of_a_width_have_its_own_rate(network, images):
+    """Weight scales that every width has for itself, too."""
+    model = bs.quantize(network, bits=(8, 2), example_inputs=images, method="per_width")
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "quantizer" in name}
+    for width in (8, 2):
+        backward(model, images, width)
+    bs.MultiPrecisionOptimizer(model, lr=1e-2, eta={8: 1.0, 2: 0.0}).step()
+    for name, parameter in model.named_parameters():
+        if name in before:
+            # With its eta at 0 a width's scales stand still; the others' first step is Adam's, nearly the rate.
+            moved = not torch.equal(parameter, before[name])
+            assert moved == name.endswith(".8"), name

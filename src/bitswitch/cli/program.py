@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.stderr.close()
         code = 0
     except RuntimeError as error:
-        code = _fail("another process ended: see what it said") if _is_lost_peer(error) else _fault()
+        reason = str(error).splitlines()[0] if str(error) else ""
+        code = _fail(f"another process ended: see what it said ({reason})") if _is_lost_peer(error) else _fault()
     except Exception:
         code = _fault()
     sys.exit(code)

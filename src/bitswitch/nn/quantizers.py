@@ -186,10 +186,6 @@ class PerWidthWeightQuantizer(Quantizer):
             {str(w): self._parameter_from(torch.ones(tuple(shape))) for w in widths}
         )
 
-    def scale_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer of scales moves."""
-        return list(self.scale_parameter.values())
-
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Start every width where its own error is least."""

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from bitswitch import files
 from bitswitch.config import Recipe, to_yaml
 from bitswitch.data import DataSet
 from bitswitch.errors import UserError
-from bitswitch.models import load_weights
+from bitswitch.models import build, load_weights
 from bitswitch.pipeline import subnets, training
-from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, build_network, open_data, quantized
+from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, about, build_network, open_data, quantized
 from bitswitch.rundir import RunDirectory, changes
 from bitswitch.training.distributed import barrier, from_first
 
@@ -179,8 +180,27 @@ def _check_network(run: Run, data: DataSet, *, quantizable: bool) -> None:
             f"{run.recipe.model.name} gives {list(logits.shape[1:])} outputs for an image, {data.name} has "
             f"{len(data.classes)} classes: set the number of classes in model.args"
         )
+    _check_weights(run, data, network, images)
     if quantizable:
         quantized(run, data, network, images=2)
+
+
+@torch.no_grad()
+def _check_weights(run: Run, data: DataSet, network: nn.Module, images: Tensor) -> None:
+    """Refuse trained weights that come with an architecture of their own: checkpoints and artifacts are built without."""
+    if run.recipe.model.args.get("weights") is None:
+        return
+    plain = build(**about(run, data)["network"]).eval()
+    try:
+        plain.load_state_dict(network.state_dict())
+        same = torch.equal(plain(images), network(images))
+    except RuntimeError:
+        same = False
+    if not same:
+        raise UserError(
+            f"{run.recipe.model.name} is another network with weights={run.recipe.model.args['weights']} than without: set "
+            "in model.args what else these weights change (transform_input, aux_logits, image_size), too"
+        )
 
 
 def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
@@ -239,6 +259,14 @@ def _do(run: Run, data: DataSet, stage: str) -> None:
     torch.manual_seed(run.recipe.seed)
     try:
         result, outputs = _STAGES[stage].work(run, data)
+    except ValueError as error:
+        # torch's own words, of a batch normalization that has one number to take the statistics of.
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"stage {stage}: a part of a batch is one image, too few for batch normalization: raise {stage}.batch_size"
+            + (f", or lower {stage}.micro_batches" if hasattr(getattr(run.recipe, stage), "micro_batches") else "")
+        ) from error
     except torch.OutOfMemoryError as error:
         raise UserError(f"{run.device} is out of memory in stage {stage}: {_less_memory(run.recipe, stage)}") from error
     except (RuntimeError, ImportError, OSError) as error:

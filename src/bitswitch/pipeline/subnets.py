@@ -18,7 +18,7 @@ from bitswitch.data import DataSet
 from bitswitch.errors import UserError
 from bitswitch.nn import quantized_layers
 from bitswitch.nn.plan import replace_attention
-from bitswitch.pipeline.run import Run, float_network, from_checkpoint
+from bitswitch.pipeline.run import Run, engine, float_network, from_checkpoint
 from bitswitch.pipeline.saving import save_artifact
 from bitswitch.pipeline.training import traces_of
 from bitswitch.training import evaluate
@@ -30,7 +30,10 @@ _AT_ONCE = 32
 
 @dataclasses.dataclass(frozen=True)
 class _FirstImages:
-    """The first training images in batches, not augmented; can be gone through again and again."""
+    """The first training images in batches, not augmented; can be gone through again and again.
+
+    Batches count alike in a trace, so that they are as equal as whole ones of one size can be.
+    """
 
     data: DataSet
     images: int
@@ -38,8 +41,10 @@ class _FirstImages:
     device: torch.device
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = -(-self.images // self.batch_size)
+        size = -(-self.images // parts)
         left = self.images
-        for x, y in self.data.evaluation_batches("train", batch_size=self.batch_size, device=self.device):
+        for x, y in self.data.evaluation_batches("train", batch_size=size, device=self.device):
             yield x[:left], y[:left]
             left -= len(x)
             if left <= 0:
@@ -105,13 +110,20 @@ def check(run: Run, data: DataSet) -> None:
     """Refuse a search that cannot be done before anything else is.
 
     Raises:
-        UserError: the latency table cannot be read, a budget names a cost that there is not, or val is needed and empty.
+        UserError: the latency table cannot be read, a budget names a cost that there is not, val is needed and empty, or a
+            genetic search has less than one evaluation for each budget.
     """
     part = run.recipe.search
     if (part.damage == "accuracy" or part.genetic_evaluations) and not _val_images(run, data):
         raise UserError(
             "search.damage=accuracy and search.genetic_evaluations are measured on val, and there is none: set "
             "data.val_fraction and search.val_images"
+        )
+    budgets = part.points if part.budgets is None else len(part.budgets)
+    if 0 < part.genetic_evaluations < budgets:
+        raise UserError(
+            f"search.genetic_evaluations={part.genetic_evaluations} are shared by {budgets} budgets: give at least "
+            f"{budgets}, or fewer budgets (search.points, search.budgets)"
         )
     known = ["bits", "weight_bits", "bytes", "bitops"]
     if part.latency is not None:
@@ -126,7 +138,10 @@ def check(run: Run, data: DataSet) -> None:
 
 def search(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     """The programme's frontier, scored on val, to frontier.json and into the SuperNet's artifact."""
-    part, model = run.recipe.search, from_checkpoint(run, data, "supernet").to(run.device).eval()
+    part, supernet = run.recipe.search, run.recipe.supernet
+    assert supernet is not None
+    # In the memory format of its training, in which its artifact is held against it.
+    model = engine(run, supernet).place(from_checkpoint(run, data, "supernet").to(run.device)).eval()
     layers = tuple(quantized_layers(model))
     example = (data.sample(1).to(run.device),)
     latency = None if part.latency is None else room.read_latency(part.latency)
@@ -138,7 +153,9 @@ def search(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     tied = [*part.tied, *(room.shared_inputs(model, example) if part.tie_shared_inputs else [])]
     problem = room.Problem(damage=damage, costs=costs, tied=tied)
     budgets = (
-        room.budgets_between(costs, part.budget, part.points) if part.budgets is None else room.as_budgets(part.budgets)
+        room.budgets_between(problem, part.budget, part.points)
+        if part.budgets is None
+        else room.as_budgets(part.budgets)
     )
     choices = _choices(run, data, model, problem, budgets, part)
     scored = _val_images(run, data) > 0
@@ -154,8 +171,6 @@ def search(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     ]
     if run.world.first:
         record = run.directory.records()["supernet"]
-        supernet = run.recipe.supernet
-        assert supernet is not None
         save_artifact(run, data, model, run.directory.supernet, supernet, record["result"], rows)
         files.write_json(run.directory.frontier, {"split": "val", "damage": part.damage, "choices": rows})
     return {"choices": len(rows)}, [run.directory.frontier, run.directory.supernet]
@@ -171,10 +186,11 @@ def _choices(
 ) -> list[room.Choice]:
     """The frontier; with the programme's other solutions and the genetic search's best, where they are asked for."""
     found = {choice.assignment: choice for choice in room.frontier(problem, budgets)}
-    for budget in budgets:
+    least, more = divmod(part.genetic_evaluations, len(budgets))
+    for i, budget in enumerate(budgets):
         if part.alternatives:
             found |= {choice.assignment: choice for choice in room.alternatives(problem, budget)}
-        if share := part.genetic_evaluations // len(budgets):
+        if share := least + (i < more):
             best, _ = room.refine(
                 problem,
                 budget,

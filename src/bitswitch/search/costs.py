@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitswitch import files
 from bitswitch.errors import UserError
 from bitswitch.nn import evaluating, quantized_layers
-from bitswitch.search.programme import Table, check_table
+from bitswitch.search.programme import Problem, Table, check_table
 
 
 @dataclass(frozen=True)
@@ -154,16 +154,15 @@ def read_latency(path: str | Path) -> dict[str, dict[int, float]]:
         ) from error
 
 
-def budgets_between(tables: Mapping[str, Table], cost: str, points: int) -> list[dict[str, float]]:
-    """`points` budgets for one cost, evenly from the least to the greatest sum.
+def budgets_between(problem: Problem, cost: str, points: int) -> list[dict[str, float]]:
+    """`points` budgets for one cost, evenly from the least to the greatest sum that the problem's choices can have.
 
     Raises:
         UserError: there is no such cost.
     """
-    if cost not in tables:
-        raise UserError(f"no cost is named {cost!r}; there are {', '.join(tables)}")
-    rows = [row.values() for row in tables[cost].values()]
-    least, greatest = sum(map(min, rows)), sum(map(max, rows))
+    if cost not in problem.costs:
+        raise UserError(f"no cost is named {cost!r}; there are {', '.join(problem.costs)}")
+    least, greatest = problem.bounds(cost)
     if points == 1:
         return [{cost: greatest}]
     return [{cost: least + (greatest - least) * i / (points - 1)} for i in range(points)]

@@ -48,5 +48,5 @@ def find(
         raise UserError(f"damage={damage!r}{nearest(damage, ('hessian', 'linear'))}: use hessian, linear or a table")
     table = damage_table(model, traces, damage) if isinstance(damage, str) else damage
     problem = Problem(damage=table, costs=cost_tables(model, inputs, latency), tied=tied)
-    wanted = budgets_between(problem.costs, "bits", _POINTS) if budgets is None else as_budgets(budgets)
+    wanted = budgets_between(problem, "bits", _POINTS) if budgets is None else as_budgets(budgets)
     return frontier(problem, wanted)

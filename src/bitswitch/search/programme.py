@@ -143,27 +143,35 @@ class Problem:
             upper.append(len(picked) - 1.0)
         damage = np.array([sum(self.damage[layer][width] for layer in group) for group, width in options])
         unit = float(np.abs(damage).max(initial=0.0)) or 1.0
-        found = milp(
-            damage / unit * _GREATEST_DAMAGE,
-            constraints=LinearConstraint(np.array(rows), lower, upper),
-            integrality=np.ones(len(options)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0},
-        )
-        return None if found.x is None else [int(i) for i in np.flatnonzero(found.x > 0.5)]
+        # Where a budget leaves next to no room, HiGHS's presolve calls some problems infeasible that are not.
+        for presolve in (True, False):
+            found = milp(
+                damage / unit * _GREATEST_DAMAGE,
+                constraints=LinearConstraint(np.array(rows), lower, upper),
+                integrality=np.ones(len(options)),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": 0.0, "presolve": presolve},
+            )
+            if found.x is not None:
+                return [int(i) for i in np.flatnonzero(found.x > 0.5)]
+        return None
+
+    def bounds(self, cost: str) -> tuple[float, float]:
+        """The least and the greatest sum of a cost, over all choices in which tied layers have one width."""
+        table = self.costs[cost]
+        sums = [
+            [
+                sum(table[layer][width] for layer in group)
+                for width in set.intersection(*(set(table[one]) for one in group))
+            ]
+            for group in self.groups()
+        ]
+        return sum(map(min, sums)), sum(map(max, sums))
 
     def _infeasible(self, budgets: Mapping[str, float]) -> UserError:
         parts = []
         for name, budget in budgets.items():
-            table = self.costs[name]
-            sums = [
-                [
-                    sum(table[layer][width] for layer in group)
-                    for width in set.intersection(*(set(table[one]) for one in group))
-                ]
-                for group in self.groups()
-            ]
-            least, greatest = sum(map(min, sums)), sum(map(max, sums))
+            least, greatest = self.bounds(name)
             parts.append(f"{name} <= {budget:g} (it can be from {least:g} to {greatest:g})")
         return UserError(f"no assignment meets {' and '.join(parts)}" + (" together" if len(parts) > 1 else ""))
 

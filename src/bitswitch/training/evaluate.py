@@ -1,5 +1,6 @@
 """Accuracy at every width, in one pass over the data."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ def evaluate(
         One score for each precision, the same on all ranks.
 
     Raises:
-        UserError: there are no images, or the data do not fit the network's classes.
+        UserError: there are no images, the data do not fit the network's classes, or its logits are not finite.
     """
     world = world or World()
     forward = model if forward is None else forward
@@ -88,7 +89,7 @@ def evaluate(
     if predictions is not None:
         own = [(world.rank + i * world.size, part.cpu()) for i, part in enumerate(classes_seen)]
         predictions += torch.cat([part for _, part in sorted(gather(own, world), key=lambda pair: pair[0])], 1).unbind()
-    return _scores([row.flatten().tolist() for row in rows], len(precisions), world)
+    return _scores([row.flatten().tolist() for row in rows], precisions, world)
 
 
 def _check_classes(logits: Tensor, y: Tensor, classes: int | None) -> None:
@@ -113,7 +114,11 @@ def _count(counts: list[Tensor], i: int, logits: Tensor, y: Tensor) -> None:
     counts[i] += torch.bincount(y * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
 
 
-def _scores(own: list[list[float]], precisions: int, world: World) -> list[Score]:
+def _name(precision: PrecisionChoice) -> str:
+    return f"{precision} bits" if isinstance(precision, int) else "a mixture of widths"
+
+
+def _scores(own: list[list[float]], precisions: Sequence[PrecisionChoice], world: World) -> list[Score]:
     """Add up all ranks' batches in the order of the batches, whatever rank each was on."""
     tagged = [[float(world.rank + i * world.size), *row] for i, row in enumerate(own)]
     rows = sorted(gather(tagged, world))
@@ -121,8 +126,13 @@ def _scores(own: list[list[float]], precisions: int, world: World) -> list[Score
         raise UserError("there are no images to evaluate")
     sums = [sum(column) for column in zip(*rows, strict=True)][1:]
     scores = []
-    for i in range(precisions):
+    for i in range(len(precisions)):
         top1, top5, loss, images = sums[4 * i : 4 * i + 4]
+        if not math.isfinite(loss):
+            where = "" if precisions[i] is None else f" at {_name(precisions[i])}"
+            raise UserError(
+                f"the network's outputs{where} are not finite numbers: its weights have diverged or are damaged"
+            )
         interval = binomtest(int(top1), int(images)).proportion_ci(method="wilson")
         scores.append(
             Score(

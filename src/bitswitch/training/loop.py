@@ -96,10 +96,10 @@ class Loop:
         """
         while self.epochs_done < self.epochs:
             self.objective.model.train()
-            # Seeded by the epoch, so that a resumed run, with any number of ranks, needs no stored state.
-            torch.manual_seed(
-                int(np.random.SeedSequence((self.seed, self.epochs_done, self.world.rank)).generate_state(1)[0])
-            )
+            # Seeded by the epoch, so that a resumed run, with any number of ranks, needs no stored state. The 1 keeps the
+            # stream apart from those of the data, which have the seed and the epoch, too.
+            entropy = (self.seed, self.epochs_done, self.world.rank, 1)
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             losses = self._epoch(self.epochs_done)
             # Where batch statistics are not shared, every rank has its own running ones: rank 0's are those that are kept.
             broadcast_buffers(self.objective.model, self.world)

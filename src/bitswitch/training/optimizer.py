@@ -153,11 +153,14 @@ class MultiPrecisionOptimizer:
 
 
 def _scales(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Scales and offsets by group: "weights", and for each width "inputs <width>" and "offset <width>"."""
+    """Scales and offsets by group: "weights", shared; of each width "weights <width>", "inputs <width>", "offset <width>"."""
     groups: dict[str, list[nn.Parameter]] = {"weights": []}
     for module in model.modules():
-        if isinstance(module, (WeightQuantizer, PerWidthWeightQuantizer)):
+        if isinstance(module, WeightQuantizer):
             groups["weights"] += module.scale_parameters()
+        elif isinstance(module, PerWidthWeightQuantizer):
+            for width, parameter in module.scale_parameter.items():
+                groups.setdefault(f"weights {width}", []).append(parameter)
         elif isinstance(module, ActivationQuantizer):
             for width, parameter in module.scale_parameter.items():
                 groups.setdefault(f"inputs {width}", []).append(parameter)
