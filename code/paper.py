@@ -98,7 +98,10 @@ def _overrides(stage: str, given: argparse.Namespace, recipe: str, out: Path) ->
     """Those of the stages before, so that they count as done, with this command's laid over them."""
     found = _earlier(recipe, out)
     if given.bit_width_list not in (None, "32"):
-        found["bits"] = [int(width) for width in given.bit_width_list.split(",")]
+        try:
+            found["bits"] = [int(width) for width in given.bit_width_list.split(",")]
+        except ValueError as error:
+            raise UserError(f"-bit_width_list {given.bit_width_list}: give widths such as 8,6,4,2") from error
     if given.data:
         found["data.root"] = given.data
     if given.pretrained:
@@ -147,7 +150,8 @@ def main(program: str) -> None:
     try:
         words, ranks = words_of(program, sys.argv[1:])
     except UserError as error:
-        sys.exit(f"{program}: {error}")
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
     launch = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
     print(shlex.join([*launch, "bitswitch", *words]), file=sys.stderr, flush=True)
     if ranks > 1:

@@ -11,6 +11,7 @@ import torch
 
 import bitswitch as bs
 from bitswitch import artifact
+from bitswitch.config import load_recipe
 from bitswitch.data import load_data
 from commands import call, one_line, run_digits
 
@@ -501,3 +502,61 @@ def test_weights_that_bring_an_architecture_of_their_own_are_refused(capsys, tmp
     one_line(call(capsys, *words, f"model.args={{{args}}}", "--out", tmp_path / "a"), "another network with weights=V1")
     status, _, err = call(capsys, *words, f"model.args={{{args}, as_with_weights: true}}", "--out", tmp_path / "b")
     assert status == 0, err
+
+
+def test_a_path_with_brackets_is_shown_as_it_is(capsys, done, tmp_path):
+    for name in ("[baseline]", "[/old]"):
+        path = tmp_path / name / "model.safetensors"
+        path.parent.mkdir(parents=True)
+        shutil.copy(done / "model.safetensors", path)
+        status, out, err = call(capsys, "inspect", path)
+        assert status == 0 and str(path) in "".join(out.split("\n")), err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "--json"]], ids=" ".join)
+def test_a_stdout_that_takes_nothing_is_no_fault_of_ours(words, unbuffered):
+    command = [sys.executable, "-m", "bitswitch", *words]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    read, closed = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, env=environment, text=True)
+    os.close(closed)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True)
+    assert (done.returncode, done.stderr) == (2, "bitswitch: cannot write to stdout: No space left on device\n")
+
+
+def test_letters_that_stdout_cannot_write_are_escaped(done, tmp_path):
+    path = Path(shutil.copy(done / "model.safetensors", tmp_path / "\u043c.safetensors"))
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    shown = subprocess.run([sys.executable, "-m", "bitswitch", "inspect", path], capture_output=True, env=environment)
+    assert shown.returncode == 0 and b"\\u043c.safetensors" in shown.stdout.replace(b"\n", b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train.eta={8: 1.0, 2: 1.0}"], ["train.eta", "bits=[8, 6, 4, 2]"]),
+        (["data.root=2024-02-30"], ["data.root", "not YAML"]),
+        (["model.args={num_classes: -1}"], ["cannot be built"]),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused_before_anything_is_done(capsys, tmp_path, words, expected):
+    one_line(call(capsys, "run", "digits", *words, "--out", tmp_path / "x"), *expected)
+    assert not (tmp_path / "x" / "stages.json").exists()
+
+
+def test_an_override_of_one_part_leaves_another_that_shares_its_mapping(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("extends: digits\ntrain: &both {epochs: 5, batch_size: 64}\nsupernet: *both\n")
+    found = load_recipe(str(recipe), ["train.epochs=1"])
+    assert (found.train.epochs, found.supernet.epochs) == (1, 5)
+
+
+def test_advice_names_the_recipe_as_it_was_typed(capsys, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: digits\n")
+    out = tmp_path / "x"
+    one_line(call(capsys, "train", recipe, "--out", out), f"bitswitch pretrain {recipe} --out {out} does it")

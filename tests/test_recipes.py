@@ -34,7 +34,12 @@ WITHOUT_DOWNLOAD = ["model.args={}"]
 def run_of(name, tmp_path, *overrides):
     recipe = load_recipe(name, [*WITHOUT_DOWNLOAD, *overrides])
     return pipeline.Run(
-        name=name, recipe=recipe, directory=RunDirectory(tmp_path), device=torch.device("cpu"), reporter=None
+        name=name,
+        typed=name,
+        recipe=recipe,
+        directory=RunDirectory(tmp_path),
+        device=torch.device("cpu"),
+        reporter=None,
     )
 
 

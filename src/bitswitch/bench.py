@@ -51,6 +51,8 @@ def bench(path: Path, *, network: str | None = None, rounds: int = 10) -> dict[s
         raise UserError(
             f"{path} does not say of what shape its input is: save it with preprocessing={{'shape': [C, H, W]}}"
         )
+    if not _is_shape(shape):
+        raise UserError(f"{path} gives {shape!r} as the shape of its input, which is no [C, H, W] to measure with")
     images = np.random.default_rng(0).standard_normal((max(BATCHES), *shape)).astype(np.float32)
     model = load(path, bits=widths[0], model=network)
     rows = [_sizes(located, tensors, bits) for bits in widths]
@@ -80,9 +82,18 @@ def bench(path: Path, *, network: str | None = None, rounds: int = 10) -> dict[s
     return document
 
 
+def _is_shape(shape: Any) -> bool:
+    return (
+        isinstance(shape, Sequence)
+        and all(type(size) is int and 0 < size < 2**20 for size in shape)
+        and np.prod(shape, dtype=float) < 2**26
+    )
+
+
 def _sizes(located: artifact.Located, tensors: Mapping[str, np.ndarray], bits: int) -> dict[str, Any]:
     weights = [int(np.prod(layer.shape)) for layer in located.header.layers]
-    others = sum(t.nbytes for name, t in tensors.items() if not name.endswith(".codes") and name != artifact.GRAPH)
+    besides = {artifact.GRAPH, *(artifact.tensor_name(layer.name, "codes") for layer in located.header.layers)}
+    others = sum(t.nbytes for name, t in tensors.items() if name not in besides)
     return {
         "bits": bits,
         "bytes_read": located.bytes_read(bits),

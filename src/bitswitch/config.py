@@ -186,6 +186,13 @@ class Recipe(_Part):
         return codes.check_widths(value)
 
     @model_validator(mode="after")
+    def _etas(self) -> "Recipe":
+        for name, part in (("train", self.train), ("supernet", self.supernet)):
+            if part is not None and isinstance(part.eta, dict) and set(part.eta) != set(self.bits):
+                raise ValueError(f"{name}.eta={part.eta}: give one factor for each of bits={list(self.bits)}")
+        return self
+
+    @model_validator(mode="after")
     def _forwards(self) -> "Recipe":
         if (self.train.forwards or 0) > len(self.bits):
             raise ValueError(
@@ -277,7 +284,8 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # The latter from values of a type that YAML knows, such as a date that there is not.
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
@@ -287,10 +295,11 @@ def _override(value: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not key=value, such as train.epochs=30")
     *parents, last = key.split(".")
     for parent in parents:
-        inner = value.setdefault(parent, {})
+        inner = value.get(parent, {})
         if not isinstance(inner, dict):
             raise UserError(f"override {override!r}: {parent!r} has no keys inside")
-        value = inner
+        # A copy: through an anchor of YAML, another part may be the same mapping.
+        value[parent] = value = dict(inner)
     value[last] = _yaml(text, f"the value of {key}")
 
 

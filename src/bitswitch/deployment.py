@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -106,9 +107,12 @@ def _with_graph(
         # No graph, or none that can be used: the file itself is sound.
         if images is None:
             images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
-        before = files.file_digest(path)
-        add_graph(path, images, model=network, additions=additions)
-        RunDirectory(path.parent).replaced(path.name, before)
+        directory = RunDirectory(path.parent)
+        # Of a run, whose records are not to be written by two at once.
+        with directory.locked() if directory.records() else nullcontext():
+            before = files.file_digest(path)
+            add_graph(path, images, model=network, additions=additions)
+            directory.replaced(path.name, before)
         return read(path), images, True
     if additions == "exact" and source.bindings.additions != "exact":
         raise UserError(

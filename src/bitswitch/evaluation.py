@@ -176,7 +176,8 @@ def _kept(keys: Mapping[int, str], world: World) -> dict[int, dict[str, Any]]:
 
 def _mark_non_dominated(rows: Sequence[dict[str, Any]]) -> None:
     def beaten(row: dict[str, Any], by: dict[str, Any]) -> bool:
-        pairs = [(row["cost"][name], by["cost"][name]) for name in row["cost"]] + [(-row["top1"], -by["top1"])]
+        pairs = [(row["cost"][name], by["cost"][name]) for name in row["cost"] if name in by["cost"]]
+        pairs.append((-row["top1"], -by["top1"]))
         return all(theirs <= own for own, theirs in pairs) and any(theirs < own for own, theirs in pairs)
 
     for row in rows if len(rows) > 1 else ():
@@ -239,7 +240,10 @@ def assignments_named(
     if "<=" in text:
         choice = within_budget(frontier, text)
         return [Wanted(choice["assignment"], list(frontier).index(choice), choice["cost"])]
-    file, hash_, number = text.rpartition("#") if "#" in text else (text, "", "")
+    file, hash_, number = text.rpartition("#")
+    if not hash_ or "/" in number or "." in number:
+        # The sign is of a folder's or a file's name.
+        file, hash_, number = text, "", ""
     found = files.read_json(file)
     if not isinstance(found, dict) or "choices" not in found:
         if hash_:
@@ -252,6 +256,8 @@ def assignments_named(
     except (TypeError, UserError) as error:
         raise UserError(f"--assignment {file}: {error}") from error
     wanted = [Wanted(choice["assignment"], i, choice["cost"]) for i, choice in enumerate(choices)]
+    if not wanted:
+        raise UserError(f"--assignment {text}: {file} holds no choices: bitswitch search RECIPE makes them")
     if not hash_:
         return wanted
     if not number.isdecimal() or int(number) >= len(wanted):

@@ -38,6 +38,14 @@ def write(path: str | Path, content: bytes) -> None:
             temporary.unlink()
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file that may be looked at; a name that is too long for one is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

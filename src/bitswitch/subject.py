@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitswitch import artifact
+from bitswitch import artifact, files
 from bitswitch.data import DataSet, Preprocessing, load_data
 from bitswitch.errors import UserError
 from bitswitch.export import load
@@ -51,7 +51,7 @@ def subject_of(path: Path, network: str | None, bits: Sequence[int] | None = Non
     Raises:
         UserError: the file cannot be used, or its network is not known.
     """
-    if not path.is_file() or _is_artifact(path):
+    if not files.is_file(path) or _is_artifact(path):
         # What is missing or a folder is told by the reader of artifacts, too.
         return _of_artifact(path, network, bits)
     if path.suffix != ".safetensors":
@@ -93,23 +93,24 @@ def _of_artifact(path: Path, network: str | None, bits: Sequence[int] | None = N
 def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> Subject:
     try:
         about, plan = state["about"], Plan.from_json(state["plan"]) if "plan" in state else None
-        known = {key: about[key] for key in ("network", "preprocessing", "classes", "data", "data_config")}
-        weights = dict(state["model"])
+        known = {key: about[key] for key in ("preprocessing", "data", "data_config")}
+        named, args = about["network"]["name"], dict(about["network"]["args"])
+        classes, weights = tuple(about["classes"]), dict(state["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a whole checkpoint of a stage ({error!r})") from error
-    name = network or about["network"]["name"]
+    name = network or named
     if network is None and not is_trusted(name):
         raise UserError(
             f"{path} names the network {name!r}, and no code is imported on the word of a file: give --model"
         )
-    model = build(name, known.pop("network")["args"])
+    model = build(name, args)
     if plan is not None:
         apply(model, plan)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
-    return Subject(model=model, widths=plan.widths if plan else (), classes=tuple(known.pop("classes")), **known)
+    return Subject(model=model, widths=plan.widths if plan else (), classes=classes, **known)
 
 
 def example_images(path: Path, count: int, *, data_name: str | None = None, network: str | None = None) -> Tensor:
@@ -135,7 +136,10 @@ def data_for(path: str | Path, name: str, subject: Subject) -> DataSet:
     """The data as the network wants them: the same split as in its training, its own normalization and size."""
     config = subject.data_config or {}
     said = {key: config[key] for key in ("val_fraction", "unreadable") if key in config}
-    data = load_data(name, **said)
+    try:
+        data = load_data(name, **said)
+    except TypeError as error:
+        raise UserError(f"{path} tells of its data what they cannot have ({error}): {said}") from error
     if subject.preprocessing is not None:
         data = data.with_preprocessing(Preprocessing.from_json(dict(subject.preprocessing)))
     if subject.classes is not None and subject.classes != data.classes:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import bitswitch as bs
 from bitswitch import artifact
+from bitswitch.artifact.container import entries
 from bitswitch.artifact.header import KEY, Header
 from bitswitch.errors import UserError
 from bitswitch.nn import quantized_layers
@@ -350,3 +351,8 @@ def test_no_file_a_folder_and_no_regular_file(tmp_path):
 def test_header_values_are_frozen(path):
     header = artifact.read_header(path)
     assert replace(header, per_channel=True) != header
+
+
+def test_a_shape_that_no_array_can_have_is_refused():
+    with pytest.raises(UserError, match="no type, shape and place"):
+        entries({"x": {"dtype": "F32", "shape": [0, 1 << 47, 1 << 47], "data_offsets": [0, 0]}}, 0)

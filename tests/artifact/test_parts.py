@@ -379,3 +379,11 @@ def test_other_protocols_of_fsspec(stored):
         model = bs.load(url, bits=2, model=network())
         bs.upgrade(model)
         assert torch.equal(model(stored.x), stored.logits(stored.bits[0]))
+
+
+def test_an_upgrade_finds_its_file_from_another_folder(stored, tmp_path, monkeypatch):
+    monkeypatch.chdir(stored.path.parent)
+    model = bs.load(stored.path.name, bits=2, model=network())
+    monkeypatch.chdir(tmp_path)
+    bs.upgrade(model)
+    assert torch.equal(stored.logits(stored.bits[0], model), stored.logits(stored.bits[0]))

@@ -228,3 +228,23 @@ def test_more_than_memory_takes_stays_in_files(make_folder, monkeypatch):
     assert isinstance(load_data(str(root), cache=root / "a"), MemoryDataSet)
     monkeypatch.setattr(contents, "_MOST_BYTES_IN_MEMORY", 42 * 3 * 8 * 8 - 1)
     assert isinstance(load_data(str(root), cache=root / "b"), FileDataSet)
+
+
+def test_a_link_to_a_folder_above_is_not_followed_round_and_round(make_folder):
+    root = make_folder(train=3, test=2)
+    (root / "train" / "ant" / "loop").symlink_to(root / "train" / "ant", target_is_directory=True)
+    assert load_data("image_folder", root, val_fraction=0).size("train") == 9
+
+
+def test_a_class_whose_name_is_not_utf8_is_refused_before_it_is_trained_on(make_folder):
+    root = make_folder(train=2, test=2)
+    for split in ("train", "test"):
+        (root / split / "ant").rename(os.fsdecode(os.fsencode(root / split) + b"/\xff"))
+    assert "is not UTF-8: rename it" in refused(root)
+
+
+def test_places_that_cannot_be(make_folder):
+    with pytest.raises(UserError, match="no data set is named"):
+        load_data("x" * 300)
+    with pytest.raises(UserError, match="no such user's home"):
+        load_data("image_folder", "~nobody-of-this-name/x")

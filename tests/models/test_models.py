@@ -35,8 +35,17 @@ def test_by_name():
         ("torch:__version__", {}, "not a function"),
         ("cifar_resnet20", {"colour": 1}, "does not take"),
         ("cifar_resnet20", {"shortcut": "C"}, "shortcut"),
+        ("cifar_resnet20", {"num_classes": -1}, "cannot be built"),
+        ("builtins:dict", {}, "gives a dict, not a torch.nn.Module"),
     ],
 )
 def test_bad_names_and_arguments(name, args, words):
     with pytest.raises(UserError, match=words):
         build(name, args)
+
+
+def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "half_written.py").write_text("def net(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"'half_written:net' cannot be imported: SyntaxError"):
+        build("half_written:net")

@@ -80,3 +80,11 @@ def test_what_benchmarks_write_is_a_table(tmp_path, monkeypatch):
     assert document["command"] == "python benchmarks/x.py data --json results/x.json" and document["measured"] == [1]
     text = render(document)
     assert "| a | 1.50 |" in text and "Idle." in text and "seeds 0-9" in text and "split none" in text
+
+
+def test_a_folder_without_result_files_leaves_the_tables_alone(tmp_path):
+    document = tmp_path / "d.md"
+    document.write_text("<!-- results:begin -->\n\nkept\n\n<!-- results:end -->")
+    with pytest.raises(UserError, match="holds no result files"):
+        update(document, tmp_path / "mistyped")
+    assert "kept" in document.read_text()

@@ -96,6 +96,8 @@ def _entry(name: str, value: Any, start: int) -> Entry:
             and len(shape) <= MOST_DIMENSIONS
             and all(type(number) is int and 0 <= number < MOST_SIZE for number in numbers)
             and end - begin == math.prod(shape) * DTYPES[dtype].itemsize
+            # NumPy wants the product of the sizes that are not 0 to be one that it can count.
+            and math.prod(filter(None, shape)) * DTYPES[dtype].itemsize < MOST_SIZE
         )
     except (TypeError, KeyError, ValueError):
         fits = False

@@ -53,7 +53,7 @@ def within_budget(frontier: Sequence[Mapping[str, Any]], budget: str) -> Mapping
     """
     if not frontier:
         raise UserError(f"assignment={budget!r} needs a frontier, and there is none: bitswitch search RECIPE makes one")
-    costs = list(frontier[0]["cost"])
+    costs = [name for name in frontier[0]["cost"] if all(name in choice["cost"] for choice in frontier)]
     parsed = _BUDGET.fullmatch(budget)
     try:
         name, most = parsed["cost"], float(parsed["most"])  # type: ignore[index]

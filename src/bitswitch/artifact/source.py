@@ -50,7 +50,12 @@ class Source:
         # Before anything is allocated: a damaged table may ask for terabytes.
         if stop > self.size:
             raise Damaged(f"it is cut off after {self.size} bytes")
-        found = bytearray(stop - start)
+        try:
+            found = bytearray(stop - start)
+        except MemoryError as error:
+            raise UserError(
+                f"{self._name} cannot be read: {stop - start} bytes are more than there is memory"
+            ) from error
         done = 0
         try:
             with memoryview(found) as view:

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bitswitch import artifact
-from bitswitch.cli.console import emit, output, tracked
+from bitswitch import artifact, files
+from bitswitch.cli.console import emit, output, stdout_kept_clean, tracked
 from bitswitch.cli.tables import score_table, show_bench, show_exported, show_file
 from bitswitch.cli.words import (
     Bits,
@@ -48,7 +48,7 @@ def evaluate(
 
     if split not in ("test", "val"):
         raise UserError(f"--split {split}: use test or val")
-    with ranks(device) as (world, place):
+    with ranks(device) as (world, place), stdout_kept_clean():
         document = evaluation.evaluate_file(
             file,
             bits=widths_of(bits),
@@ -81,6 +81,7 @@ def inspect(
     """What is in an artifact: widths, layers, sizes, provenance."""
     located, tensors, held = artifact.read_held(file)
     header = located.header
+    codes = {artifact.tensor_name(layer.name, "codes") for layer in header.layers}
     document = {
         "file": str(file),
         "bytes": file.stat().st_size,
@@ -101,14 +102,16 @@ def inspect(
         ],
         "choices": list(header.frontier),
         "code_bytes": header.widths[0] * artifact.plane_bytes([layer.shape for layer in header.layers]),
-        "other_bytes": sum(a.nbytes for name, a in tensors.items() if not name.endswith(".codes")),
+        "other_bytes": sum(a.nbytes for name, a in tensors.items() if name not in codes and name != artifact.GRAPH),
+        "graph_bytes": tensors[artifact.GRAPH].nbytes if artifact.GRAPH in tensors else 0,
         "provenance": dict(header.provenance),
     }
     if graph:
         require("onnxruntime", "runtime")
         from bitswitch.runtime import graph_report
 
-        document["graph"] = {str(width): graph_report(file, width) for width in held}
+        with stdout_kept_clean():
+            document["graph"] = {str(width): graph_report(file, width) for width in held}
     emit(document, json_, lambda: show_file(document), out and out / "inspect.json")
 
 
@@ -141,7 +144,7 @@ def export(
     path, images = artifact.located(file), None
     # Nothing is written into the package.
     beside = path.parent if path == Path(file) else Path()
-    if not path.is_file():
+    if not files.is_file(path):
         if path.suffix not in (".yaml", ".yml") and file not in recipe_names():
             known = nearest(file, [*artifact.shipped(), *recipe_names()])
             raise UserError(
@@ -151,21 +154,24 @@ def export(
         directory = run_directory(out, file)
         path = directory.supernet if directory.supernet.is_file() else directory.artifact
         if not path.is_file():
-            raise UserError(f"stage train is not done in {directory.path}: bitswitch run {file} does it")
+            raise UserError(
+                f"stage train is not done in {directory.path}: bitswitch run {file} --out {directory.path} does it"
+            )
         out, beside, images = None, path.parent, pipeline.open_data(recipe).sample(deployment.CALIBRATION_IMAGES)
     elif overrides:
         raise UserError(f"{overrides[0]!r}: overrides are for a recipe, {file} is a file")
-    document = deployment.export(
-        path,
-        out or beside / "onnx",
-        bits=widths_of(bits),
-        assignment=assignment,
-        weights=weights,
-        additions="exact" if exact else "requantized",
-        images=images,
-        data_name=data,
-        network=model,
-    )
+    with stdout_kept_clean():
+        document = deployment.export(
+            path,
+            out or beside / "onnx",
+            bits=widths_of(bits),
+            assignment=assignment,
+            weights=weights,
+            additions="exact" if exact else "requantized",
+            images=images,
+            data_name=data,
+            network=model,
+        )
     emit(document, json_, lambda: show_exported(path, document))
 
 
@@ -181,5 +187,6 @@ def bench(
     """Size, memory, switching, latency and throughput of an artifact at every width, on this machine's CPU."""
     from bitswitch.bench import bench as measure
 
-    document = measure(file, network=model, rounds=rounds)
+    with stdout_kept_clean():
+        document = measure(file, network=model, rounds=rounds)
     emit(document, json_, lambda: show_bench(document), out and out / "bench.json")

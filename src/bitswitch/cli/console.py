@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import sys
@@ -16,8 +17,31 @@ from bitswitch import files
 
 Part = TypeVar("Part")
 
-errors = Console(stderr=True, soft_wrap=True, highlight=False)
-output = Console(soft_wrap=True, highlight=False)
+
+class StdoutRefused(Exception):
+    """What a command found cannot be written to stdout.
+
+    Attributes:
+        gone: whether its reader went away, as `head` does.
+        reason: in one line.
+    """
+
+    def __init__(self, gone: bool, reason: str) -> None:
+        super().__init__(reason)
+        self.gone, self.reason = gone, reason
+
+
+class _Output(Console):
+    """Of stdout, without rich's own end where its reader went away."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while the error is handled."""
+        raise
+
+
+# Without markup: paths and names of layers may hold brackets.
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+output = _Output(soft_wrap=True, highlight=False, markup=False)
 
 
 class TerminalReporter:
@@ -29,7 +53,7 @@ class TerminalReporter:
     def note(self, text: str) -> None:
         """A line."""
         if not self.silent:
-            errors.print(text, markup=False)
+            errors.print(text)
 
     @contextlib.contextmanager
     def progress(self, stage: str, steps: int, done: int) -> Iterator[Callable[[str], None]]:
@@ -51,20 +75,26 @@ def emit(document: dict[str, Any], as_json: bool, show: Callable[[], None], file
     """A document as the only thing on stdout, or shown to a reader; and into a file where one is named."""
     if file is not None:
         files.write_json(file, document)
-    if as_json:
-        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    else:
-        show()
+    try:
+        if as_json:
+            sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        else:
+            show()
+        sys.stdout.flush()
+    except OSError as error:
+        # Here, since typer would end with 1 where the reader went away.
+        raise StdoutRefused(error.errno == errno.EPIPE, str(error.strerror)) from error
 
 
 @contextlib.contextmanager
 def stdout_kept_clean() -> Iterator[None]:
-    """Send what libraries print past Python to stderr: HiGHS has a stray printf in its integer solver (its issue 2783)."""
+    """Send what networks and libraries print to stderr, past Python, too: HiGHS has a stray printf (its issue 2783)."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         # C's own buffer would reach stdout later.
         with contextlib.suppress(OSError, TypeError, AttributeError):

@@ -3,6 +3,8 @@
 What imports torch, which takes seconds, is imported by the commands that compute: help comes at once.
 """
 
+import io
+import os
 import signal
 import sys
 import traceback
@@ -12,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 
 from bitswitch.cli import artifacts, stages
-from bitswitch.cli.console import emit, errors, output
+from bitswitch.cli.console import StdoutRefused, emit, errors, output
 from bitswitch.cli.words import Device, Json, Overrides, RecipeName, Report, Seed
 from bitswitch.config import load_recipe, recipe_names, to_yaml
 from bitswitch.errors import UserError
@@ -44,7 +46,8 @@ def recipes(
 ) -> None:
     """List the built-in recipes."""
     if context.invoked_subcommand is None:
-        emit({"recipes": recipe_names()}, json_, lambda: output.print("\n".join(recipe_names()), markup=False))
+        show = lambda: output.print("\n".join(recipe_names()))  # noqa: E731
+        emit({"recipes": recipe_names()}, json_, show, out and out / "recipes.json")
 
 
 @recipes_app.command()
@@ -58,13 +61,14 @@ def show(
 ) -> None:
     """Print a recipe as it is resolved."""
     recipe = load_recipe(name, overrides or [], seed=seed)
-    emit(recipe.model_dump(mode="json"), json_, lambda: output.print(to_yaml(recipe), markup=False, end=""))
+    document = recipe.model_dump(mode="json")
+    emit(document, json_, lambda: output.print(to_yaml(recipe), end=""), out and out / "recipe.json")
 
 
 @app.command()
 def version(json_: Json = False) -> None:
     """The version of bitswitch."""
-    emit({"version": __version__}, json_, lambda: output.print(__version__, markup=False))
+    emit({"version": __version__}, json_, lambda: output.print(__version__))
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -73,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # named as a library is would be run in its place.
     sys.path.append("")
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A pipe may have an encoding that lacks a letter of somebody's path.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # What a command returns is None; a number comes from typer, for --help or an interruption.
         code = app(args=given or ["--help"], standalone_mode=False) or 0
@@ -85,11 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (typer.Abort, KeyboardInterrupt):
         # A second one, out of impatience, is to change nothing.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        errors.print("interrupted; the same command goes on from the last checkpoint", markup=False)
+        errors.print("interrupted; the same command goes on from the last checkpoint")
         code = _INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = 0
+    except StdoutRefused as error:
+        # What is left in its buffer cannot be written, of which Python would complain at its end.
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123 (a device)
+            os.dup2(nowhere.fileno(), 1)
+        code = 0 if error.gone else _fail(f"cannot write to stdout: {error.reason}")
     except RuntimeError as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         code = _fail(f"another process ended: see what it said ({reason})") if _is_lost_peer(error) else _fault()
@@ -106,11 +115,11 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 def _fault() -> int:
     traceback.print_exc()
-    errors.print("this is a fault of bitswitch, not yours; please report it with the lines above", markup=False)
+    errors.print("this is a fault of bitswitch, not yours; please report it with the lines above")
     return 1
 
 
 def _fail(message: str) -> int:
     line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
-    errors.print(f"bitswitch: {line}", markup=False)
+    errors.print(f"bitswitch: {line}")
     return 2

@@ -47,6 +47,7 @@ def command_of(stages: Sequence[str] | None) -> Callable[..., None]:
         with ranks(device) as (world, place):
             run = pipeline.Run(
                 name=Path(recipe).stem,
+                typed=recipe,
                 recipe=config,
                 directory=run_directory(out, recipe),
                 device=place,

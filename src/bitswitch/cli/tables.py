@@ -27,7 +27,8 @@ def score_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 def _precision(row: dict[str, Any]) -> str:
     if row.get("choice") is not None:
-        return f"#{row['choice']}: {row['cost']['bits']:.2f} bits{' *' if row.get('non_dominated') else ''}"
+        bits = f": {row['cost']['bits']:.2f} bits" if "bits" in row["cost"] else ""
+        return f"#{row['choice']}{bits}{' *' if row.get('non_dominated') else ''}"
     if row.get("assignment") is not None:
         return "mixed"
     return "float" if row["bits"] is None else f"{row['bits']} bits"
@@ -44,9 +45,9 @@ def show_run(document: dict[str, Any]) -> None:
     if "frontier" in document:
         output.print(_frontier_table(document["frontier"]))
     if document["artifact"]:
-        output.print(f"{document['artifact']}: {document['bytes']:,} bytes, every width in it", markup=False)
+        output.print(f"{document['artifact']}: {document['bytes']:,} bytes, every width in it")
     if "supernet" in document:
-        output.print(f"{document['supernet']}: every mixture of widths in it", markup=False)
+        output.print(f"{document['supernet']}: every mixture of widths in it")
 
 
 def _trace_table(document: dict[str, Any]) -> Table:
@@ -91,30 +92,31 @@ def show_file(document: dict[str, Any]) -> None:
         table.add_row(layer["name"], "x".join(map(str, layer["shape"])), layer["input"], *errors_)
     output.print(table)
     sizes = f"{document['code_bytes']:,} of integer codes, {document['other_bytes']:,} of other tensors"
-    output.print(f"{document['bytes']:,} bytes: {sizes}", markup=False)
+    sizes += f", {document['graph_bytes']:,} of the graph" if document["graph_bytes"] else ""
+    output.print(f"{document['bytes']:,} bytes: {sizes}")
     if document["held"] != document["widths"]:
-        output.print(f"cut off: it serves {document['held'][0]} bits at most", markup=False)
-    output.print(f"network: {json.dumps(document['network'])}", markup=False)
+        output.print(f"cut off: it serves {document['held'][0]} bits at most")
+    output.print(f"network: {json.dumps(document['network'])}")
     for i, choice in enumerate(document["choices"]):
         costs = ", ".join(f"{name} {value:,.6g}" for name, value in choice["cost"].items())
-        output.print(f"choice #{i}: {costs}", markup=False)
+        output.print(f"choice #{i}: {costs}")
     for width, report in document.get("graph", {}).items():
         kinds = (
             f"{report['integer']} products in integers, {report['float']} in floats, additions {report['additions']}"
         )
-        output.print(f"graph at {width} bits: {kinds}", markup=False)
+        output.print(f"graph at {width} bits: {kinds}")
     for key, value in document["provenance"].items():
-        output.print(f"{key}: {json.dumps(value)}", markup=False)
+        output.print(f"{key}: {json.dumps(value)}")
 
 
 def show_exported(path: Path, document: dict[str, Any]) -> None:
     """What `export` wrote."""
     if document["graph_added"]:
-        output.print(f"{path} holds its graph now: bitswitch.runtime.Session runs it", markup=False)
+        output.print(f"{path} holds its graph now: bitswitch.runtime.Session runs it")
     if not document["held_against_torch"]:
-        errors.print("not held against torch: the file does not name its network (--model)", markup=False)
+        errors.print("not held against torch: the file does not name its network (--model)")
     for row in document["files"]:
-        output.print(f"{row['file']}: {row['bytes']:,} bytes, {row['weights']} weights", markup=False)
+        output.print(f"{row['file']}: {row['bytes']:,} bytes, {row['weights']} weights")
 
 
 def show_bench(document: dict[str, Any]) -> None:
@@ -138,4 +140,4 @@ def show_bench(document: dict[str, Any]) -> None:
         speed.add_row(row["engine"], bits, str(row["batch"]), f"{row['ms']:.2f}", f"{row['images_per_s']:,.0f}")
     output.print(speed)
     if not document["graph"]:
-        output.print(f"no session: bitswitch export {document['file']} adds the graph", markup=False)
+        output.print(f"no session: bitswitch export {document['file']} adds the graph")

@@ -63,7 +63,13 @@ def _split_folders(root: Path) -> tuple[Path | None, Path]:
 
 def _classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """The classes of a split and its (path, label) pairs."""
-    classes = tuple(sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")))
+    try:
+        classes = tuple(sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}") from error
+    for name in classes:
+        if not name.isascii() and name.encode(errors="replace").decode() != name:
+            raise UserError(f"{folder}: the name of the class {name!r} is not UTF-8: rename it")
     if not classes:
         raise UserError(f"{folder} has no folders of images in it: it needs one for each class")
     found = []
@@ -77,7 +83,14 @@ def _classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
 
 def _images_below(folder: Path) -> list[str]:
     found = []
-    for place, _, names in os.walk(folder, followlinks=True):
+    visited = set()
+    for place, inside, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)  # noqa: PTH116 (as below)
+        if (status.st_dev, status.st_ino) in visited:
+            # A link to what was walked through already, perhaps to the folder that it lies in.
+            inside.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
         # A leading dot marks what other systems leave behind, such as the ._x.jpg of macOS.
         found += [
             os.path.join(place, name)  # noqa: PTH118 (Path is slow for a million files)

@@ -61,7 +61,7 @@ def load_data(
         UserError: there is no such data set, or it cannot be read.
     """
     kind = name
-    if name and name not in _NAMES and Path(name).is_dir():
+    if name and name not in _NAMES and _is_folder(name):
         if root is not None:
             raise UserError(f"data.name={name} is a folder already: leave out data.root={root}")
         kind, root = "image_folder", name
@@ -70,7 +70,10 @@ def load_data(
         return _digits(val_fraction)
     if root is None:
         raise UserError(f"{name}: where are the images? Say data.root=FOLDER (to evaluate: --data FOLDER)")
-    place = Path(root).expanduser()
+    try:
+        place = Path(root).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"data.root={root}: there is no such user's home") from error
     if kind in _CIFAR and not (place / "train").is_dir():
         return _cifar_of_torchvision(name, place, val_fraction, download)
     kept = Cache(Path(cache).expanduser() if cache is not None else default_folder())
@@ -83,6 +86,14 @@ def load_data(
     if kind in _CIFAR:
         return _cifar_of_folder(folder)
     return folder.as_files() if kind == "imagenet" else folder.opened()
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:
+        # Too long for a name, or not to be looked at.
+        return False
 
 
 def _check(name: str, val_fraction: float, unreadable: str, download: bool, workers: int) -> None:

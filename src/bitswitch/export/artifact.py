@@ -1,6 +1,7 @@
 """`save` and `load`: a quantized torch model to its artifact and back, the codes equal to the last bit."""
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -205,11 +206,11 @@ def load(
     loaded = apply(network, plan)
     try:
         fill(loaded, header, tensors, planes(header))
-    except (UserError, RuntimeError, KeyError) as error:
+    except (UserError, RuntimeError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not fit this {type(loaded).__name__}: {reason[:300]}") from error
     loaded.requires_grad_(False).eval()
-    loaded.bitswitch_located = located  # type: ignore[assignment]
+    loaded.bitswitch_located = _wherever(located)  # type: ignore[assignment]
     switch(loaded, _widths(path, header, wanted))
     if cache_bytes is not None:
         layers = quantized_layers(loaded).values()
@@ -253,6 +254,13 @@ def upgrade(model: nn.Module, bits: int | None = None) -> None:
     switch(model, chosen)
 
 
+def _wherever(located: artifact.Located) -> artifact.Located:
+    """The same file, in whatever folder the process will be."""
+    if "://" in located.path:
+        return located
+    return dataclasses.replace(located, path=str(artifact.located(located.path).absolute()))
+
+
 def _widths(path: str | Path, header: artifact.Header, wanted: int | Mapping[str, int] | str | None) -> Assignment:
     """The width of every layer that `load` was asked for."""
     high = header.widths[0]
@@ -294,11 +302,14 @@ def _network(located: artifact.Located, model: Any) -> nn.Module:
 def _built(located: artifact.Located, name: str, args: Mapping[str, Any]) -> nn.Module:
     """The network by name; arguments that ask for a far greater one than the file holds are refused before it is made."""
     if is_trusted(name):
+        # Trained weights are no part of the architecture, and would be fetched to be thrown away.
+        args = {key: value for key, value in args.items() if key != "weights"}
         try:
             with torch.device("meta"):
                 asked = sum(parameter.numel() for parameter in build(name, args).parameters())
-        except (NotImplementedError, RuntimeError):
-            # Some networks compute with values while they are built, which meta tensors do not have.
+        except UserError:
+            # Some networks compute with values while they are built, which meta tensors do not have. Bad arguments are told
+            # of when it is built in earnest.
             asked = 0
         stored = sum(math.prod(entry.shape) for entry in located.entries.values() if entry.dtype != "U8")
         stored += sum(math.prod(layer.shape) for layer in located.header.layers)

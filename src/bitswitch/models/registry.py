@@ -36,14 +36,17 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
         if match := _CIFAR.fullmatch(name):
             return cifar_resnet(int(match[1]), **args)
         if ":" in name:
-            return _imported(name)(**args)
+            made = _imported(name)(**args)
+            if not isinstance(made, nn.Module):
+                raise UserError(f"network {name!r} gives a {type(made).__name__}, not a torch.nn.Module")
+            return made
         if name in torchvision.models.list_models():
             return torchvision.models.get_model(name, **args)
     except TypeError as error:
         raise UserError(f"network {name!r} does not take the arguments {args}: {error}") from error
     except UserError:
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"network {name!r} cannot be built with the arguments {args}: {reason}") from error
     hint = nearest(name, _OWN + torchvision.models.list_models())
@@ -54,8 +57,9 @@ def _imported(name: str) -> Any:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"network {name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        # Whatever the user's module does while it is imported.
+        raise UserError(f"network {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise UserError(f"network {name!r} is a {type(found).__name__}, not a function that returns a network")
     return found

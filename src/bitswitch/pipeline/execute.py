@@ -134,7 +134,7 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
         if stage not in stages and not _is_done(run, records.get(stage)):
             where = run.directory.path
             raise UserError(
-                f"stage {stage} is not done in {where}: bitswitch {stage} {run.name} --out {where} does it, with the same "
+                f"stage {stage} is not done in {where}: bitswitch {stage} {run.typed} --out {where} does it, with the same "
                 "overrides"
             )
     if not _is_done(run, records.get("pretrain")):
@@ -149,7 +149,7 @@ def _check_parts(run: Run, stages: Sequence[str]) -> None:
     for stage in stages:
         if getattr(run.recipe, _STAGES[stage].part) is None:
             raise UserError(
-                f"recipe {run.name} has no part supernet: give it one, or say {stage} {run.name} supernet.epochs=N"
+                f"recipe {run.name} has no part supernet: give it one, or say bitswitch {stage} {run.typed} supernet.epochs=N"
             )
         if stage in ("supernet", "search") and run.recipe.train.method != "double_rounding":
             raise UserError(f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet")
@@ -323,7 +323,7 @@ def _begin(run: Run, data: DataSet, stage: str) -> dict[str, Any] | None:
         differ = [name for name in {**record["inputs"], **inputs} if record["inputs"].get(name) != inputs.get(name)]
         raise UserError(
             f"{run.directory.path}: the {stage} stage was made from other inputs than are there now "
-            f"({', '.join(differ)} changed): do it again with bitswitch {stage} {run.name} --fresh"
+            f"({', '.join(differ)} changed): do it again with bitswitch {stage} {run.typed} --out {run.directory.path} --fresh"
         )
     elif _is_done(run, record):
         for name, digest in record["outputs"].items():

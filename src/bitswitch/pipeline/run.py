@@ -38,6 +38,7 @@ class Run:
 
     Attributes:
         name: of the recipe, for provenance.
+        typed: the recipe as it was typed, for advice.
         recipe: the checked configuration.
         directory: where results go.
         device: where tensors live.
@@ -47,6 +48,7 @@ class Run:
     """
 
     name: str
+    typed: str
     recipe: Recipe
     directory: RunDirectory
     device: torch.device

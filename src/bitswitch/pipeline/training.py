@@ -146,7 +146,7 @@ def traces_of(run: Run, layers: tuple[str, ...]) -> dict[str, float]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} does not hold the traces of this network ({error!r}): do it again with bitswitch sensitivity "
-            f"{run.name} --fresh"
+            f"{run.typed} --out {run.directory.path} --fresh"
         ) from error
 
 

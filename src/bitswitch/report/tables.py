@@ -44,11 +44,14 @@ def update(document: str | Path, results: str | Path, *, brief: bool = False) ->
         brief: what trainings decided, and nothing else; see `bitswitch.report.headline`.
 
     Raises:
-        UserError: a result file lacks a field, or the document lacks the markers.
+        UserError: there are no result files, one lacks a field, or the document cannot be read or lacks the markers.
     """
     document = Path(document)
     singles, trainings, subnets = [], [], []
-    for path in sorted(Path(results).glob("*.json")):
+    paths = sorted(Path(results).glob("*.json"))
+    if not paths:
+        raise UserError(f"{results} holds no result files (*.json): the tables of {document} stay as they are")
+    for path in paths:
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             if "variant" in value:
@@ -62,7 +65,10 @@ def update(document: str | Path, results: str | Path, *, brief: bool = False) ->
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is not a result file: {error!r}") from error
     tables = headline(trainings) if brief else [*singles, *accuracy_tables(trainings), *subnet_tables(subnets)]
-    text = document.read_text(encoding="utf-8")
+    try:
+        text = document.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {document}: {error}") from error
     before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:
