@@ -540,6 +540,8 @@ def test_letters_that_stdout_cannot_write_are_escaped(done, tmp_path):
     [
         (["train.eta={8: 1.0, 2: 1.0}"], ["train.eta", "bits=[8, 6, 4, 2]"]),
         (["data.root=2024-02-30"], ["data.root", "not YAML"]),
+        (["data.root=/data/set #2"], ["data.root", "comment: quote"]),
+        (["data.root=2024"], ["data.root", "quote it, data.root=\"'2024'\""]),
         (["model.args={num_classes: -1}"], ["cannot be built"]),
     ],
 )

@@ -301,6 +301,10 @@ def _override(value: dict[str, Any], override: str) -> None:
         # A copy: through an anchor of YAML, another part may be the same mapping.
         value[parent] = value = dict(inner)
     value[last] = _yaml(text, f"the value of {key}")
+    if " #" in text and "#" not in str(value[last]):
+        raise UserError(
+            f"override {override!r}: YAML takes what follows ' #' for a comment: quote the value, {key}=\"'...'\""
+        )
 
 
 def _first(error: ValidationError, value: Any) -> str:
@@ -322,6 +326,8 @@ def _first(error: ValidationError, value: Any) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return message
+    if first["type"] == "string_type":
+        message += f": quote it, {key}=\"'{first['input']}'\""
     return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}" if key != "bits" else message
 
 

@@ -66,9 +66,9 @@ def show(
 
 
 @app.command()
-def version(json_: Json = False) -> None:
+def version(json_: Json = False, device: Device = "auto", seed: Seed = None, out: Report = None) -> None:
     """The version of bitswitch."""
-    emit({"version": __version__}, json_, lambda: output.print(__version__))
+    emit({"version": __version__}, json_, lambda: output.print(__version__), out and out / "version.json")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
