@@ -38,7 +38,7 @@ OWN_SCALE = {
 
 def quantizer(method):
     made = weight_quantizer(method, (4, 3, 2), (), form="raw", lsq_factor=True)
-    for parameter in made.scale_parameters():
+    for parameter in made.parameters():
         parameter.data.fill_(0.5)
     return made
 
