@@ -1,5 +1,6 @@
 """Loads of some planes alone: from a file, a file that is cut off, and over HTTP; and upgrades."""
 
+import contextlib
 import copy
 import re
 import threading
@@ -285,11 +286,10 @@ class Handler(BaseHTTPRequestHandler):
             body, self.close_connection = body[:3000], True
         if span:
             server.spans.append(span)
-        try:
+        # Before it is written: who reads it may look at the count at once.
+        server.sent += len(body)
+        with contextlib.suppress(ConnectionError):
             self.wfile.write(body)
-            server.sent += len(body)
-        except ConnectionError:
-            pass
 
     def log_message(self, *_):
         pass
