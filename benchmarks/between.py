@@ -7,7 +7,6 @@ those that are drawn here have the two next to the average alone, evenly among a
 layer once in their average, large or small; beside it stand the bits of a weight, which is what they store.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,11 +25,7 @@ BUDGETS = (2.5, 3.0, 3.5, 5.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", nargs="+")
-    parser.add_argument("--data", required=True, help="folder with train/ and test/")
-    parser.add_argument("--work", type=Path, default=Path("runs/cifar10"))
-    parser.add_argument("--results", type=Path, default=Path("results/cifar10"))
+    parser = mixed.parser(__doc__)
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     places = accuracy.Places(options.data, None, options.work, options.results)

@@ -43,13 +43,18 @@ RECALIBRATION_IMAGES = 2560
 _SHARED = ("distillation.", "lr=", "scale_lr=", "batch_size=", "precision=", "compile=", "alrs=", "eta=")
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """What a command on jobs of mixed networks takes."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("jobs", nargs="+")
+    made.add_argument("--data", required=True, help="folder with train/ and test/")
+    made.add_argument("--work", type=Path, default=Path("runs/cifar10"))
+    made.add_argument("--results", type=Path, default=Path("results/cifar10"))
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", nargs="+")
-    parser.add_argument("--data", required=True, help="folder with train/ and test/")
-    parser.add_argument("--work", type=Path, default=Path("runs/cifar10"))
-    parser.add_argument("--results", type=Path, default=Path("results/cifar10"))
-    options = parser.parse_args()
+    options = parser(__doc__).parse_args()
     places = accuracy.Places(options.data, None, options.work, options.results)
     for job in options.jobs:
         if re.fullmatch(rf"({'|'.join(WAYS)})-of-.+-seed\d+", job) is None:
