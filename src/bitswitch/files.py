@@ -46,6 +46,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder that may be looked at; as `is_file`."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

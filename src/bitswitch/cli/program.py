@@ -46,8 +46,8 @@ def recipes(
 ) -> None:
     """List the built-in recipes."""
     if context.invoked_subcommand is None:
-        show = lambda: output.print("\n".join(recipe_names()))  # noqa: E731
-        emit({"recipes": recipe_names()}, json_, show, out and out / "recipes.json")
+        names = recipe_names()
+        emit({"recipes": names}, json_, lambda: output.print("\n".join(names)), out and out / "recipes.json")
 
 
 @recipes_app.command()

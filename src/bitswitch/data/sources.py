@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torchvision import datasets as torchvision_datasets
 
+from bitswitch import files
 from bitswitch.data.cache import Cache, default_folder
 from bitswitch.data.contents import Contents
 from bitswitch.data.dataset import DataSet
@@ -61,7 +62,7 @@ def load_data(
         UserError: there is no such data set, or it cannot be read.
     """
     kind = name
-    if name and name not in _NAMES and _is_folder(name):
+    if name and name not in _NAMES and files.is_folder(Path(name)):
         if root is not None:
             raise UserError(f"data.name={name} is a folder already: leave out data.root={root}")
         kind, root = "image_folder", name
@@ -86,14 +87,6 @@ def load_data(
     if kind in _CIFAR:
         return _cifar_of_folder(folder)
     return folder.as_files() if kind == "imagenet" else folder.opened()
-
-
-def _is_folder(name: str) -> bool:
-    try:
-        return Path(name).is_dir()
-    except OSError:
-        # Too long for a name, or not to be looked at.
-        return False
 
 
 def _check(name: str, val_fraction: float, unreadable: str, download: bool, workers: int) -> None:
