@@ -57,8 +57,7 @@ def _rows(job: str, known: Mapping[str, Any], places: accuracy.Places) -> tuple[
     way, _, joint = job.partition("-of-")
     if way == "recalibrated":
         sys.exit(f"{job}: scored as it is stored, without statistics of its own: name another way")
-    run = places.work / f"mixed-{job}"
-    artifact = run / ("model.safetensors" if way in mixed.UNTRAINED else "supernet.safetensors")
+    artifact = mixed.artifact_of(job, places)
     model, header = bs.load(artifact), bs.artifact.read_header(artifact)
     data = accuracy.images_for(header, str(places.data))
     sizes = {name: layer.stored_shape.numel() for name, layer in quantized_layers(model).items()}

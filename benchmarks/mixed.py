@@ -81,12 +81,11 @@ def do(job: str, places: accuracy.Places) -> None:
     # Of the float network, so of all ways.
     accuracy.run_stage("sensitivity", places.work / joint, seed, places, words)
     _copy(places.work / joint, run)
-    artifact = run / "model.safetensors"
     if way not in UNTRAINED:
         accuracy.run_stage("supernet", run, seed, places, words)
         # Writes the choices into the artifact.
         accuracy.run_stage("search", run, seed, places, words)
-        artifact = run / "supernet.safetensors"
+    artifact = artifact_of(job, places)
     print(f"{job}: SubNets of {artifact}", flush=True)
     traces = {name: layer["trace"] for name, layer in files.read_json(run / "sensitivity.json")["layers"].items()}
     found = _subnets(artifact, traces, split, seed, places, recalibrated=way == "recalibrated")
@@ -110,6 +109,12 @@ def _copy(joint: Path, run: Path) -> None:
     if not run.exists():
         shutil.copytree(joint, run.with_suffix(".part"), dirs_exist_ok=True)
         run.with_suffix(".part").rename(run)
+
+
+def artifact_of(job: str, places: accuracy.Places) -> Path:
+    """The artifact that a job's SubNets are of, when the job is done."""
+    name = "model.safetensors" if job.partition("-of-")[0] in UNTRAINED else "supernet.safetensors"
+    return places.work / f"mixed-{job}" / name
 
 
 def _words(way: str, before: Mapping[str, Any], places: accuracy.Places) -> tuple[str, ...]:
@@ -175,7 +180,9 @@ def _subnets(
     }
 
 
-def random_subnets(layers: Sequence[str], widths: Sequence[int], budget: float, seed: int) -> list[Assignment]:
+def random_subnets(
+    layers: Sequence[str], widths: Sequence[int], budget: float, seed: int, count: int = RANDOM
+) -> list[Assignment]:
     """Assignments drawn evenly among all whose sum of widths is the greatest within a budget of average bits.
 
     Layers are drawn independently, with probabilities that fall or rise exponentially with the width: how probable an
@@ -193,7 +200,7 @@ def random_subnets(layers: Sequence[str], widths: Sequence[int], budget: float, 
         chance /= chance.sum()
         low, high = (tilt, high) if chance @ values * len(layers) < total else (low, tilt)
     found: dict[Assignment, None] = {}
-    while len(found) < RANDOM:
+    while len(found) < count:
         row = generator.choice(values, len(layers), p=chance)
         if row.sum() == total:
             found[Assignment(tuple(zip(layers, row.tolist(), strict=True)))] = None
@@ -208,15 +215,15 @@ def top1_of(
     views: Sequence[torch.Tensor] | None,
 ) -> list[float]:
     if views is None:
-        return [score.top1 for score in evaluate(model, _batches(data, split), assignments)]
+        return [score.top1 for score in evaluate(model, batches(data, split), assignments)]
     found = []
     for one in assignments:
         recalibrate(model, views, one)
-        found += [score.top1 for score in evaluate(model, _batches(data, split), [one])]
+        found += [score.top1 for score in evaluate(model, batches(data, split), [one])]
     return found
 
 
-def _batches(data: DataSet, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(data: DataSet, split: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     # Small batches with channels last: 1.6 times the images a second of 500 with channels first.
     for x, y in data.evaluation_batches(split, batch_size=100, device=torch.device("cpu")):
         yield x.contiguous(memory_format=torch.channels_last), y
