@@ -27,7 +27,7 @@ def test_random_subnets_are_distinct_and_of_the_greatest_sum_within_the_budget()
 
 
 def test_random_subnets_are_drawn_evenly():
-    drawn = [mixed.random_subnets(LAYERS, (8, 6, 4, 2), 4.0, seed, 1)[0] for seed in range(1000)]
+    drawn = [mixed.random_subnets(LAYERS, (8, 6, 4, 2), 4.0, seed, 1)[0] for seed in range(3000)]
     counts = [drawn.count(one) for one in set(drawn)]
     assert len(counts) == 10 and chisquare(counts).pvalue > 0.001
 
