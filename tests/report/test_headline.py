@@ -15,7 +15,7 @@ def runs(variant, *drops, bits=(8, 2), schedule="decide"):
 
 
 def test_rows_are_means_beside_float_in_the_order_of_the_labels():
-    (table,) = headline([*runs("paper", 2.0, 1.0), *runs(OURS, -1.0, 0.5)])
+    (table,) = headline([*runs("paper", 2.0, 1.0, 1.5), *runs(OURS, -1.0, 0.5, -0.25)])
     rows = [line for line in table.splitlines() if line.startswith("| ") and "---" not in line]
     assert rows == [
         "|  | stores, kB | 8 bits | 2 bits |",
@@ -23,22 +23,26 @@ def test_rows_are_means_beside_float_in_the_order_of_the_labels():
         "| bitswitch | 123 | 90.25 (+0.25) | 90.25 (+0.25) |",
         "| the paper's recipe | 123 | 88.50 (-1.50) | 88.50 (-1.50) |",
     ]
-    assert "mean of seeds 0, 1" in table and "JPEG" in table and "abcdef012345" in table
+    assert "mean of seeds 0, 1, 2" in table and "JPEG" in table and "abcdef012345" in table
 
 
 def test_what_has_no_label_no_test_or_not_all_seeds_is_left_out():
-    known = runs(OURS, 1.0, 1.0)
-    more = [*runs("other", 0.0, 0.0), *runs("paper", 0.0, schedule="screen"), *runs("lsq", 0.0)]
-    assert headline([*known, *more]) == headline(known)
-    assert headline(more[:3]) == []
+    known = runs(OURS, 1.0, 1.0, 1.0)
+    more = [*runs("other", 0.0, 0.0, 0.0), *runs("paper", 0.0, 0.0, 0.0, schedule="screen"), *runs("lsq", 0.0, 0.0)]
+    assert headline([*known, *more]) == headline(known) != []
+    assert headline(more[:6]) == []
+
+
+def test_two_seeds_are_too_few():
+    assert headline(runs(OURS, 1.0, 1.0)) == []
 
 
 def test_every_list_of_widths_has_a_table():
-    tables = headline([*runs(OURS, 1.0), *runs(OURS, 1.0, bits=(4, 3, 2))])
+    tables = headline([*runs(OURS, 1.0, 1.0, 1.0), *runs(OURS, 1.0, 1.0, 1.0, bits=(4, 3, 2))])
     assert ["8, 2 bits" in table for table in tables] == [True, False]
     assert ["4, 3, 2 bits" in table for table in tables] == [False, True]
 
 
 def test_a_list_of_widths_without_ours_has_no_table():
-    known = [*runs(OURS, 1.0), *runs("paper", 1.0)]
-    assert headline([*known, *runs("paper", 1.0, bits=(4, 3, 2))]) == headline(known)
+    known = [*runs(OURS, 1.0, 1.0, 1.0), *runs("paper", 1.0, 1.0, 1.0)]
+    assert headline([*known, *runs("paper", 1.0, 1.0, 1.0, bits=(4, 3, 2))]) == headline(known) != []

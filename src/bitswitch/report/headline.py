@@ -8,6 +8,8 @@ from bitswitch.report.accuracy import stored_bytes
 from bitswitch.report.markdown import grouped, table
 
 _Result = Mapping[str, Any]
+# What one seed says does not belong on a front page.
+_SEEDS = 3
 _OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 # What is shown, in this order, and what a reader who does not know our names for it is told.
 _SELF, _PAPER, _LSQ = "bitswitch", "the paper's recipe", "LSQ jointly, float weights kept"
@@ -26,7 +28,7 @@ def headline(results: Sequence[_Result]) -> list[str]:
 
     Args:
         results: of trainings; see `bitswitch.report.accuracy`. A way of training is shown once it has all seeds of its
-            list, and a list once ours is.
+            list, three at least, and a list once ours is.
     """
     decided = [one for one in results if one["schedule"] == "decide" and one["variant"] in LABELS]
     tables = []
@@ -38,7 +40,7 @@ def headline(results: Sequence[_Result]) -> list[str]:
         variants = {
             variant: some
             for variant, some in grouped(runs, lambda one: one["variant"]).items()
-            if len(some) == len(levels)
+            if len(some) == len(levels) >= _SEEDS
         }
         if _SELF not in map(LABELS.get, variants):
             continue
