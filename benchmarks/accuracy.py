@@ -101,7 +101,12 @@ _HALF = "kd-float-drawn-2-scale-lr-2e-3"
 OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 VARIANTS |= {OURS: TAUGHT_ALONE}
 VARIANTS |= {f"{OURS}-{name}": (*TAUGHT_ALONE, *overrides) for name, overrides in (BESIDE | WITHOUT).items()}
-VARIANTS |= {f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for variant in ("paper", "lsq", f"{OURS}-hot")}
+# Every width in every step.
+ALL = "kd-float-alone-scale-lr-2e-3-hot"
+VARIANTS |= {ALL: (*TAUGHT, "train.scale_lr=2e-3", "train.distillation.weight=1", *HOT)}
+VARIANTS |= {
+    f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for variant in ("paper", "lsq", ALL, f"{OURS}-hot")
+}
 # Two of three widths a step, for as many forwards as the ten epochs of the others have.
 VARIANTS[f"{OURS}-hot-432"] += ("train.epochs=15",)
 _SCREENED = (
@@ -111,7 +116,7 @@ _SCREENED = (
 )
 _DECIDED = (
     *("paper", "lsq", OURS + TWICE, f"{OURS}-hot{TWICE}", f"{OURS}-per-channel{TWICE}"),
-    *("paper-432", "lsq-432", f"{OURS}-hot-432"),
+    *("paper-432", "lsq-432", f"{ALL}-432", f"{OURS}-hot-432"),
     *("lsq-8-alone", "lsq-4-alone", "lsq-2-alone", "adabits", "bit-mixer"),
 )
 QUEUE = (
