@@ -8,7 +8,6 @@ layer once in their average, large or small; beside it stand the bits of a weigh
 """
 
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import accuracy
 import bitswitch as bs
 import mixed
 import result
-from bitswitch import files
 from bitswitch.nn import quantized_layers
 
 # Budgets that no network of one width meets.
@@ -31,8 +29,8 @@ def main() -> None:
     places = accuracy.Places(options.data, None, options.work, options.results)
     rows, drawn, splits, seeds = [], {}, [], []
     for job in options.jobs:
-        known = files.read_json(places.results / f"mixed-{job}.json")
-        some, drawn[job] = _rows(job, known, places)
+        known, artifact = mixed.done(job, places)
+        some, drawn[job] = _rows(job, known, artifact, str(options.data))
         rows += some
         splits.append(known["split"])
         seeds += known["seeds"]
@@ -53,13 +51,10 @@ def main() -> None:
     )
 
 
-def _rows(job: str, known: Mapping[str, Any], places: accuracy.Places) -> tuple[list[list[Any]], dict[str, Any]]:
+def _rows(job: str, known: Mapping[str, Any], artifact: Path, folder: str) -> tuple[list[list[Any]], dict[str, Any]]:
     way, _, joint = job.partition("-of-")
-    if way == "recalibrated":
-        sys.exit(f"{job}: scored as it is stored, without statistics of its own: name another way")
-    artifact = mixed.artifact_of(job, places)
     model, header = bs.load(artifact), bs.artifact.read_header(artifact)
-    data = accuracy.images_for(header, str(places.data))
+    data = accuracy.images_for(header, folder)
     sizes = {name: layer.stored_shape.numel() for name, layer in quantized_layers(model).items()}
     seed, split = known["seeds"][0], known["split"]
     drawn = {

@@ -16,6 +16,7 @@ genetic search, which may use all widths. The ways of choosing:
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ import accuracy
 import bitswitch as bs
 import mixed
 import result
-from bitswitch import files, search
+from bitswitch import search
 from bitswitch.assignment import Assignment
 from bitswitch.data import DataSet
 from bitswitch.nn import quantized_layers, switched
@@ -45,7 +46,7 @@ def main() -> None:
         if path.exists():
             print(f"{job}: {path} is there, nothing to do", flush=True)
             continue
-        known = files.read_json(places.results / f"mixed-{job}.json")
+        known, artifact = mixed.done(job, places)
         result.write(
             path,
             title=f"What chooses SubNets: {job}",
@@ -53,15 +54,14 @@ def main() -> None:
             split=f"val chooses, {known['split']} scores",
             seeds=known["seeds"],
             command=f"python benchmarks/choosers.py {job} --data CIFAR_FOLDER",
-            **_compared(job, known, places),
+            **_compared(job, known, artifact, str(options.data)),
         )
         print(f"{job}: {path} is written", flush=True)
 
 
-def _compared(job: str, known: Mapping[str, Any], places: accuracy.Places) -> dict[str, Any]:
-    artifact = mixed.artifact_of(job, places)
+def _compared(job: str, known: Mapping[str, Any], artifact: Path, folder: str) -> dict[str, Any]:
     model = bs.load(artifact)
-    data = accuracy.images_for(bs.artifact.read_header(artifact), str(places.data))
+    data = accuracy.images_for(bs.artifact.read_header(artifact), folder)
     layers = tuple(quantized_layers(model))
     seed = known["seeds"][0]
     drawn = {budget: mixed.random_subnets(layers, (LOW, HIGH), budget, seed, DRAWN) for budget in BUDGETS}
@@ -74,8 +74,11 @@ def _compared(job: str, known: Mapping[str, Any], places: accuracy.Places) -> di
         costs=search.cost_tables(model),
     )
     tables, explained = {"traces": problem.damage}, {}
-    for kind, name in enumerate(("top-1", "divergence")):
-        cost = {one: -value[0] if kind == 0 else value[1] for one, value in seen.items()}
+    costs = {
+        "top-1": {one: -top1 for one, (top1, _) in seen.items()},
+        "divergence": {one: far for one, (_, far) in seen.items()},
+    }
+    for name, cost in costs.items():
         base = cost[asked[-1]]
         losses = {layer: cost[one] - base for layer, one in zip(layers, alone, strict=True)}
         tables[f"one at 2 bits, {name}"] = _table(losses)

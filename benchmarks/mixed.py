@@ -117,6 +117,17 @@ def artifact_of(job: str, places: accuracy.Places) -> Path:
     return places.work / f"mixed-{job}" / name
 
 
+def done(job: str, places: accuracy.Places) -> tuple[dict[str, Any], Path]:
+    """What a job wrote, and the artifact that its SubNets are of; ends the command where others cannot score them."""
+    path, artifact = places.results / f"mixed-{job}.json", artifact_of(job, places)
+    if job.startswith("recalibrated-"):
+        sys.exit(f"{job}: SubNets are scored as they are stored, without statistics of their own: name another way")
+    for needed in (path, artifact):
+        if not needed.exists():
+            sys.exit(f"{needed} is not there: do {job} first, with mixed.py and the same --work and --results")
+    return files.read_json(path), artifact
+
+
 def _words(way: str, before: Mapping[str, Any], places: accuracy.Places) -> tuple[str, ...]:
     weights = places.results / before["started_from"]["name"]
     words = [*before["overrides"], "pretrain.epochs=0", f"pretrain.checkpoint={weights}"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+import accuracy
 import between
 import choosers
 import mixed
@@ -61,3 +62,13 @@ def test_what_a_fit_explains_is_of_costs_that_it_has_not_seen():
 def test_neighbouring_widths_and_the_bits_of_a_weight():
     assert between._beside(3.5, (8, 6, 4, 2)) == (4, 2) and between._beside(5.0, (8, 6, 4, 2)) == (6, 4)
     assert between._bits_of_a_weight("824", {"a": 1, "b": 10, "c": 9}) == pytest.approx((8 + 20 + 36) / 20)
+
+
+@pytest.mark.parametrize(
+    "job, told",
+    [("none-of-x-seed0", "mixed-none-of-x-seed0.json is not there"), ("recalibrated-of-x-seed0", "name another way")],
+)
+def test_a_job_that_is_not_done_or_has_statistics_of_its_own_is_told_in_one_line(tmp_path, job, told):
+    with pytest.raises(SystemExit, match=told) as caught:
+        mixed.done(job, accuracy.Places(None, None, tmp_path, tmp_path))
+    assert "\n" not in str(caught.value)
