@@ -15,7 +15,7 @@ _OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 _SELF, _PAPER, _LSQ = "bitswitch", "the paper's recipe", "LSQ jointly, float weights kept"
 LABELS = {
     f"{_OURS}-twice-as-long": _SELF,
-    f"{_OURS}-hot-432": _SELF,
+    "kd-float-alone-scale-lr-2e-3-hot-432": _SELF,
     "paper": _PAPER,
     "paper-432": _PAPER,
     "lsq": _LSQ,
