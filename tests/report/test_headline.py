@@ -1,5 +1,6 @@
 """The README's table of trainings."""
 
+import accuracy
 from bitswitch.report.headline import LABELS, headline
 from report.trainings import training
 
@@ -46,3 +47,7 @@ def test_every_list_of_widths_has_a_table():
 def test_a_list_of_widths_without_ours_has_no_table():
     known = [*runs(OURS, 1.0, 1.0, 1.0), *runs("paper", 1.0, 1.0, 1.0)]
     assert headline([*known, *runs("paper", 1.0, 1.0, 1.0, bits=(4, 3, 2))]) == headline(known) != []
+
+
+def test_every_label_is_of_a_training_in_the_queue():
+    assert {f"decide-{variant}-seed{seed}" for variant in LABELS for seed in range(3)} <= set(accuracy.QUEUE)
