@@ -45,6 +45,30 @@ def test_schedules_and_lists_of_widths_are_kept_apart_and_a_screen_has_no_test()
     ]
 
 
+def test_a_training_of_one_width_stands_below_those_of_the_lists_that_hold_it():
+    runs = [
+        training("a-2-alone", 0, top1=95.0, drop=1.0, bits=(2,)),
+        training("a", 0, top1=90.0, drop=6.0),
+        training("a", 0, top1=91.0, drop=5.0, bits=(4, 3, 2)),
+        training("a-2-alone", 0, top1=60.0, drop=1.0, bits=(2,), schedule="screen"),
+    ]
+    tables = accuracy_tables(runs)
+    assert [one.splitlines()[0] for one in tables if "on test" in one] == [
+        "**decide, 2 epochs, bits 4, 3, 2: on test**",
+        "**decide, 2 epochs, bits 8, 2: on test**",
+    ]
+    (eight,) = (one for one in tables if "bits 8, 2: on test" in one)
+    rows = [line for line in eight.splitlines() if line.startswith("| a")]
+    assert rows == [
+        "| a | `train.alrs=a` | 0 | 123 | 90.00 | 90.00 | 6.00 | 6.00 |",
+        "| a-2-alone | `train.alrs=a-2-alone` | 0 | 123 |  | 95.00 |  | 1.00 |",
+    ]
+    curves = next(one for one in tables if "bits 8, 2: top-1 % on val" in one)
+    assert curves.count("| a-2-alone | 2 |") == 1 and "| a-2-alone | 8 |" not in curves
+    # No list of the screens holds it: it has tables of its own.
+    assert any(one.startswith("**screen, 2 epochs, bits 2: on val**") for one in tables)
+
+
 def test_a_run_that_stopped_earlier_leaves_its_later_epochs_empty():
     runs = [
         training("a", 0, top1=80.0, drop=1.0, schedule="screen"),

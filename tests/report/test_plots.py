@@ -6,6 +6,7 @@ import matplotlib as mpl
 import pytest
 
 from bitswitch.report.plots import digest, draw
+from report.trainings import training
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results" / "cifar10"
@@ -30,19 +31,25 @@ def test_the_same_results_draw_the_same_files_and_others_do_not(tmp_path):
     for name in ("screen-paper-seed0", "screen-drawn-2-seed0", "mixed-hasb-of-screen-kd-float-seed0"):
         (results / f"{name}.json").write_bytes((RESULTS / f"{name}.json").read_bytes())
     names = [path.name for path in draw(results, first)]
-    assert names == ["epochs-screen-8642.svg", "subnets-screen-kd-float.svg", "widths-screen-kd-float.svg"]
+    assert names == [
+        *("epochs-screen-8642-2.5.svg", "epochs-screen-8642-5.svg"),
+        *("subnets-screen-kd-float.svg", "widths-screen-kd-float.svg"),
+    ]
     draw(results, second)
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
-    told = words(first / names[0])
-    assert all(word in told for word in ("8 bits", "2 bits", "paper", "drawn-2", "points below float, val"))
-    assert all(word in words(first / names[1]) for word in ("programme, damage hessian", "at random", "average bits"))
+    for name, variant, other in zip(names[:2], ("drawn-2", "paper"), ("paper", "drawn-2"), strict=True):
+        told = words(first / name)
+        assert (
+            all(word in told for word in ("8 bits", "2 bits", variant, "points below float, val")) and other not in told
+        )
+    assert all(word in words(first / names[2]) for word in ("programme, damage hessian", "at random", "average bits"))
 
     changed = json.loads((results / "screen-paper-seed0.json").read_text())
     changed["curves"]["2"]["top1"][-1] -= 5
     (results / "screen-paper-seed0.json").write_text(json.dumps(changed))
     draw(results, second)
-    assert (first / names[0]).read_bytes() != (second / names[0]).read_bytes()
+    assert (first / names[1]).read_bytes() != (second / names[1]).read_bytes()
 
 
 def test_a_curve_ends_where_its_training_ended(tmp_path, monkeypatch):
@@ -58,3 +65,27 @@ def test_a_curve_ends_where_its_training_ended(tmp_path, monkeypatch):
     x, y, look = drawn[3]
     assert x == pytest.approx([0.5, 1, 1.5, 2, 2.5]) and look["label"] == "drawn-2 (2)"
     assert y[-1] == pytest.approx(one["final"]["2"]["val"]["drop"] + 1)
+
+
+def test_a_training_of_one_width_is_drawn_in_the_panel_of_that_width_alone(tmp_path, monkeypatch):
+    whole = training("paper", 0, top1=80.0, drop=1.0) | {"overrides": []}
+    alone = training("lsq-2-alone", 0, top1=80.0, drop=1.0, bits=(2,)) | {"overrides": []}
+    for document in (whole, alone):
+        (tmp_path / f"{document['variant']}.json").write_text(json.dumps(document))
+    (figure,) = draw(tmp_path, tmp_path)
+    assert figure.name == "epochs-decide-82-2.svg" and {"paper", "lsq-2-alone"} <= set(words(figure).split())
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot",
+        lambda self, x, y, **look: drawn.append((self.get_subplotspec().colspan.start, look["label"], list(x))),
+    )
+    draw(tmp_path, tmp_path)
+    assert drawn == [(1, "lsq-2-alone", [0.5, 1]), (0, "paper", [1, 2]), (1, "paper", [1, 2])]
+
+
+def test_no_training_is_left_out_however_many_there_are(tmp_path):
+    for number in range(40):
+        document = training(f"way-{number}", 0, top1=80.0, drop=1.0) | {"overrides": []}
+        (tmp_path / f"{number}.json").write_text(json.dumps(document))
+    (figure,) = draw(tmp_path, tmp_path)
+    assert {f"way-{number}" for number in range(40)} <= set(words(figure).split())

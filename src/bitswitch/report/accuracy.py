@@ -28,31 +28,42 @@ _LASTING = 4
 def accuracy_tables(results: Sequence[_Result]) -> list[str]:
     """The float networks; then for every schedule and list of widths: what was reached, epoch by epoch, and the scales.
 
-    Several seeds of one way of training become their mean, with the sample standard deviation after ±.
+    Several seeds of one way of training become their mean, with the sample standard deviation after ±. See `by_widths` for
+    trainings of one width.
     """
     tables = []
     floats = [one for one in results if one["schedule"] == "float"]
     if floats:
         tables.append(_float_table(floats))
-    groups = grouped(
-        (one for one in results if one["schedule"] != "float"), lambda r: (r["schedule"], tuple(r["bits"]))
-    )
+    groups = by_widths([one for one in results if one["schedule"] != "float"])
     for (schedule, bits), group in sorted(
         groups.items(), key=lambda item: (item[0][0] != "decide", item[0][0], item[0][1])
     ):
         variants = sorted(grouped(group, lambda r: r["variant"]).values(), key=lambda runs: _order(runs, bits))
         epochs = "/".join(map(str, sorted({one["epochs"] for one in group})))
         where = f"{schedule}, {epochs} epochs, bits {', '.join(map(str, bits))}"
-        for split in dict.fromkeys(split for one in group for split in one["final"][str(bits[0])]):
+        for split in dict.fromkeys(split for one in group for score in one["final"].values() for split in score):
             tables.append(_final_table(f"{where}: on {split}", variants, bits, split))
-        tables.append(_curve_table(f"{where}: top-1 % on val after each epoch", variants, bits))
-        tables.append(_scale_table(f"{where}: scales and gradients, first epoch → last", variants, bits))
+        tables.append(_curve_table(f"{where}: top-1 % on val after each epoch", variants))
+        tables.append(_scale_table(f"{where}: scales and gradients, first epoch → last", variants))
     return tables
 
 
-def _order(runs: Sequence[_Result], bits: Sequence[int]) -> float:
-    """The drop on val summed over widths: the best way of training comes first."""
-    return sum(statistics.mean(run["final"][str(width)]["val"]["drop"] for run in runs) for width in bits)
+def by_widths(results: Sequence[_Result]) -> dict[tuple[str, tuple[int, ...]], list[_Result]]:
+    """Trainings by (schedule, list of widths). One of a single width is with every list that holds it, or else by itself."""
+    groups: dict[tuple[str, tuple[int, ...]], list[_Result]] = {}
+    own = grouped(results, lambda one: (str(one["schedule"]), tuple(one["bits"])))
+    for (schedule, bits), runs in own.items():
+        lists = [(other, some) for other, some in own if other == schedule and len(some) > 1 and bits[0] in some]
+        for key in lists if len(bits) == 1 and lists else [(schedule, bits)]:
+            groups.setdefault(key, []).extend(runs)
+    return groups
+
+
+def _order(runs: Sequence[_Result], bits: Sequence[int]) -> tuple[bool, float]:
+    """Those of all widths come first, and of them the one with the least sum of drops on val."""
+    own = runs[0]["bits"]
+    return len(own) < len(bits), sum(statistics.mean(run["final"][str(b)]["val"]["drop"] for run in runs) for b in own)
 
 
 def _float_table(results: Sequence[_Result]) -> str:
@@ -79,7 +90,8 @@ def _final_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequen
     rows = []
     for runs in variants:
         scores = [
-            [run["final"][str(width)][split] for run in runs if split in run["final"][str(width)]] for width in bits
+            [score[split] for run in runs for score in [run["final"].get(str(width), {})] if split in score]
+            for width in bits
         ]
         rows.append(
             [
@@ -100,11 +112,11 @@ def stored_bytes(run: _Result) -> int:
     return int(run.get("stored_bytes") or run["artifact_bytes"])
 
 
-def _curve_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int]) -> str:
+def _curve_table(title: str, variants: Sequence[Sequence[_Result]]) -> str:
     epochs = max(run["epochs"] for runs in variants for run in runs)
     rows = []
     for runs in variants:
-        for width in bits:
+        for width in runs[0]["bits"]:
             curves = [run["curves"][str(width)]["top1"] for run in runs]
             reached = [[curve[epoch] for curve in curves if epoch < len(curve)] for epoch in range(epochs)]
             lasting = [statistics.mean(curve[-_LASTING:]) for curve in curves]
@@ -113,10 +125,10 @@ def _curve_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequen
     return table(title, ["variant", "bits", *map(str, range(1, epochs + 1)), f"mean of its last {_LASTING}"], rows)
 
 
-def _scale_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int]) -> str:
+def _scale_table(title: str, variants: Sequence[Sequence[_Result]]) -> str:
     rows = []
     for runs in variants:
-        for width in bits:
+        for width in runs[0]["bits"]:
             cells = []
             for quantity in _QUANTITIES:
                 known = [run["means_over_layers"][str(width)][quantity] for run in runs]

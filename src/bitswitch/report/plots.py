@@ -5,11 +5,14 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from bitswitch import files
 from bitswitch.errors import require
+from bitswitch.report.accuracy import by_widths
+from bitswitch.report.markdown import grouped
 from bitswitch.report.subnets import ALIKE, SHOWN, by_joint, reached
 
 _Result = Mapping[str, Any]
@@ -18,7 +21,10 @@ _LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")
 
 
 def draw(results: str | Path, folder: str | Path) -> list[Path]:
-    """Draw what the result files hold: `epochs-<schedule>-<bits>.svg`, `subnets-<job>.svg` and `widths-<job>.svg`.
+    """Draw what the result files hold: `epochs-<schedule>-<bits>-<forwards>.svg`, `subnets-<job>.svg`, `widths-<job>.svg`.
+
+    Forwards of a training are counted in epochs that visit every width. A training of one width is in all figures of its
+    schedule and of lists that hold the width.
 
     A figure names, in its description, the digest of the files that it was made from: see `digest`.
 
@@ -35,9 +41,13 @@ def draw(results: str | Path, folder: str | Path) -> list[Path]:
     known = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(results).glob("*.json"))}
     trainings = [one for one in known.values() if one.get("schedule") not in (None, "float")]
     figures = {}
-    for schedule, bits in sorted({(one["schedule"], tuple(one["bits"])) for one in trainings}):
-        runs = [one for one in trainings if (one["schedule"], tuple(one["bits"])) == (schedule, bits)]
-        figures[f"epochs-{schedule}-{''.join(map(str, bits))}.svg"] = _epochs(runs, bits)
+    for (schedule, bits), runs in sorted(by_widths(trainings).items(), key=lambda item: item[0]):
+        alone = [one for one in runs if len(one["bits"]) < len(bits)]
+        whole = [one for one in runs if len(one["bits"]) == len(bits)]
+        # What cost as much is compared with each other.
+        costs = grouped(whole, lambda one: one["epochs"] * _forwards(one) / len(one["bits"]))
+        for cost, some in sorted(costs.items()):
+            figures[f"epochs-{schedule}-{''.join(map(str, bits))}-{cost:g}.svg"] = _epochs([*some, *alone], bits)
     for joint, ways in by_joint([one for one in known.values() if "random" in one]).items():
         figures[f"subnets-{joint}.svg"] = _subnets(ways)
         figures[f"widths-{joint}.svg"] = _widths(ways)
@@ -58,24 +68,32 @@ def digest(results: str | Path) -> str:
 
 def _epochs(runs: Sequence[_Result], bits: Sequence[int]) -> Any:
     """Points below float on val against forwards, a panel for each width; the mean of the seeds."""
-    figure, panels = _pyplot().subplots(1, len(bits), figsize=(3.2 * len(bits), 3.6), layout="constrained")
-    for look, variant in zip(_looks(), sorted({one["variant"] for one in runs}), strict=False):
+    variants = sorted({one["variant"] for one in runs})
+    # The legend above the panels has a line for two of them.
+    size = (3.2 * len(bits), 3 + 0.11 * len(variants))
+    figure, axes = _pyplot().subplots(1, len(bits), figsize=size, layout="constrained", squeeze=False)
+    panels = dict(zip(bits, axes[0], strict=True))
+    for look, variant in zip(cycle(_looks()), variants, strict=False):
         seeds = [one for one in runs if one["variant"] == variant]
-        share = _forwards(seeds[0]["overrides"], bits) / len(bits)
-        for panel, width in zip(panels, bits, strict=True):
+        share = _forwards(seeds[0]) / len(bits)
+        for width in seeds[0]["bits"]:
             floats = [one["final"][str(width)]["val"] for one in seeds]
             levels = [score["top1"] + score["drop"] for score in floats]
             curves = zip(*(one["curves"][str(width)]["top1"] for one in seeds), strict=True)
             drops = [statistics.mean(f - t for f, t in zip(levels, reached, strict=True)) for reached in curves]
             label = f"{variant} ({len(seeds)})" if len(seeds) > 1 else variant
-            panel.plot([share * (i + 1) for i in range(len(drops))], drops, label=label, markersize=4, **look)
-    for panel, width in zip(panels, bits, strict=True):
+            x = [share * (i + 1) for i in range(len(drops))]
+            panels[width].plot(x, drops, label=label, markersize=4, **look)
+    for width, panel in panels.items():
         panel.set_title(f"{width} bits")
         panel.invert_yaxis()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("points below float, val")
+    axes[0, 0].set_ylabel("points below float, val")
     figure.supxlabel("forwards and backwards, in epochs that visit every width", fontsize="medium")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    # A training of one width is in one panel alone.
+    shown = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels.values()]
+    lines = {label: line for some in shown for line, label in some}
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
@@ -143,10 +161,10 @@ def _looks() -> list[dict[str, str]]:
     return [look | {"linestyle": style} for style in ("-", "--", ":") for look in solid]
 
 
-def _forwards(overrides: Sequence[str], bits: Sequence[int]) -> float:
+def _forwards(run: _Result) -> float:
     """How many widths a step of a training visits on average."""
-    said = [float(word.partition("=")[2]) for word in overrides if word.startswith("train.forwards=")]
-    return said[-1] if said else len(bits)
+    said = [float(word.partition("=")[2]) for word in run["overrides"] if word.startswith("train.forwards=")]
+    return said[-1] if said else len(run["bits"])
 
 
 def _pyplot() -> Any:
