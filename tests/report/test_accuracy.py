@@ -10,7 +10,7 @@ from bitswitch import cli
 from bitswitch.errors import UserError
 from bitswitch.models.weights import read_weights
 from bitswitch.report import update
-from bitswitch.report.accuracy import accuracy_tables
+from bitswitch.report.accuracy import OURS, accuracy_tables
 from report.trainings import training
 
 
@@ -83,6 +83,32 @@ def test_the_last_column_is_the_mean_of_the_last_four_epochs_and_no_more():
     run["curves"]["8"]["top1"] = [10.0, 20.0, 81.0, 82.0, 83.0, 84.0]
     _, curves, _ = accuracy_tables([run])
     assert "| a | 8 | 10.00 | 20.00 | 81.00 | 82.00 | 83.00 | 84.00 | 82.50 |" in curves
+
+
+def test_ways_are_held_against_those_that_cost_as_much_seed_by_seed():
+    runs = [
+        *(training("paper", seed, top1=80.0 + seed, drop=1.0) for seed in range(3)),
+        *(training("lsq", seed, top1=82.0 + 2 * seed, drop=1.0) for seed in range(2)),
+        *(training(f"{OURS}-twice-as-long", seed, top1=85.0, drop=1.0, epochs=4) for seed in range(2)),
+        training(f"{OURS}-hot-twice-as-long", 0, top1=85.5, drop=1.0, epochs=4),
+        training("adabits", 0, top1=99.0, drop=1.0, epochs=4),
+        training("lsq-2-alone", 0, top1=99.0, drop=1.0, bits=(2,)),
+    ]
+    for run in runs:
+        if run["variant"].startswith(OURS):
+            run["overrides"] = ["train.forwards=2", "train.forwards=1"]
+    (told,) = (one for one in accuracy_tables(runs) if "above another row" in one)
+    rows = [line for line in told.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert sorted(rows) == [
+        f"| {OURS}-hot-twice-as-long | {OURS}-twice-as-long | 0 | test | 0.50 | 0.50 |",
+        f"| {OURS}-hot-twice-as-long | {OURS}-twice-as-long | 0 | val, last epoch | 0.50 | 0.50 |",
+        f"| {OURS}-hot-twice-as-long | {OURS}-twice-as-long | 0 | val, mean of the last 4 of 4 epochs | 0.50 | 0.50 |",
+        f"| {OURS}-twice-as-long | paper | 0, 1 | test | 4.50 ± 0.71 | 4.50 ± 0.71 |",
+        f"| {OURS}-twice-as-long | paper | 0, 1 | val, last epoch | 4.50 ± 0.71 | 4.50 ± 0.71 |",
+        "| lsq | paper | 0, 1 | test | 2.50 ± 0.71 | 2.50 ± 0.71 |",
+        "| lsq | paper | 0, 1 | val, last epoch | 2.50 ± 0.71 | 2.50 ± 0.71 |",
+        "| lsq | paper | 0, 1 | val, mean of the last 4 of 2 epochs | 2.50 ± 0.71 | 2.50 ± 0.71 |",
+    ]
 
 
 def test_a_damaged_training_is_named(tmp_path):

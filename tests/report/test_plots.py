@@ -68,8 +68,8 @@ def test_a_curve_ends_where_its_training_ended(tmp_path, monkeypatch):
 
 
 def test_a_training_of_one_width_is_drawn_in_the_panel_of_that_width_alone(tmp_path, monkeypatch):
-    whole = training("paper", 0, top1=80.0, drop=1.0) | {"overrides": []}
-    alone = training("lsq-2-alone", 0, top1=80.0, drop=1.0, bits=(2,)) | {"overrides": []}
+    whole = training("paper", 0, top1=80.0, drop=1.0)
+    alone = training("lsq-2-alone", 0, top1=80.0, drop=1.0, bits=(2,))
     for document in (whole, alone):
         (tmp_path / f"{document['variant']}.json").write_text(json.dumps(document))
     (figure,) = draw(tmp_path, tmp_path)
@@ -85,7 +85,7 @@ def test_a_training_of_one_width_is_drawn_in_the_panel_of_that_width_alone(tmp_p
 
 def test_no_training_is_left_out_however_many_there_are(tmp_path):
     for number in range(40):
-        document = training(f"way-{number}", 0, top1=80.0, drop=1.0) | {"overrides": []}
+        document = training(f"way-{number}", 0, top1=80.0, drop=1.0)
         (tmp_path / f"{number}.json").write_text(json.dumps(document))
     (figure,) = draw(tmp_path, tmp_path)
     assert {f"way-{number}" for number in range(40)} <= set(words(figure).split())

@@ -20,6 +20,7 @@ def training(variant, seed, *, top1, drop, schedule="decide", bits=(8, 2), epoch
         "rows": [],
         "schedule": schedule,
         "variant": variant,
+        "overrides": [],
         "changed": [f"train.alrs={variant}"],
         "epochs": epochs,
         "bits": list(bits),

@@ -1,8 +1,9 @@
 """Tables of trainings, put together from one result file for each way of training and seed.
 
 Such a file has, beside what every result file has: "schedule" ("float" for the float networks that others start from),
-"variant", "changed" (overrides), "epochs", "bits", "final" {bits: {split: {"top1", "top5", "loss", "drop"}}}, "curves" {bits:
-{"top1": [one for each epoch]}} and "means_over_layers" {bits: {quantity: [one for each epoch]}}.
+"variant", "overrides" (all), "changed" (those of the variant), "epochs", "bits", "final" {bits: {split: {"top1", "top5",
+"loss", "drop"}}}, "curves" {bits: {"top1": [one for each epoch]}} and "means_over_layers" {bits: {quantity: [one for each
+epoch]}}.
 """
 
 import statistics
@@ -23,6 +24,12 @@ _QUANTITIES = {
 }
 # The last epoch alone is a matter of luck; the mean of so many of them is less so.
 _LASTING = 4
+OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
+# What is held against what: in a schedule, variants whose name begins so, against the first of these that cost as much.
+_HELD_AGAINST = {
+    "screen": ((OURS, OURS), (OURS, f"{OURS}-twice-as-long"), ("", "ours")),
+    "decide": ((OURS, f"{OURS}-twice-as-long"), ("", "paper"), ("", "paper-432")),
+}
 
 
 def accuracy_tables(results: Sequence[_Result]) -> list[str]:
@@ -44,6 +51,7 @@ def accuracy_tables(results: Sequence[_Result]) -> list[str]:
         where = f"{schedule}, {epochs} epochs, bits {', '.join(map(str, bits))}"
         for split in dict.fromkeys(split for one in group for score in one["final"].values() for split in score):
             tables.append(_final_table(f"{where}: on {split}", variants, bits, split))
+        tables += _worth_tables(f"{where}: points above another row", schedule, variants, bits)
         tables.append(_curve_table(f"{where}: top-1 % on val after each epoch", variants))
         tables.append(_scale_table(f"{where}: scales and gradients, first epoch → last", variants))
     return tables
@@ -104,6 +112,54 @@ def _final_table(title: str, variants: Sequence[Sequence[_Result]], bits: Sequen
             ]
         )
     return table(title, head, rows, [run for runs in variants for run in runs])
+
+
+def _worth_tables(title: str, schedule: str, variants: Sequence[Sequence[_Result]], bits: Sequence[int]) -> list[str]:
+    """The table of what ways of training are above those that they are held against, seed by seed, if there are any."""
+    # Of one width alone there is nothing to compare all of them with.
+    whole = (runs for runs in variants if len(runs[0]["bits"]) == len(bits))
+    known = {runs[0]["variant"]: {run["seeds"][0]: run for run in runs} for runs in whole}
+    rows = []
+    for variant, runs in known.items():
+        for base in (name for prefix, name in _HELD_AGAINST.get(schedule, ()) if variant.startswith(prefix)):
+            seeds = sorted(runs.keys() & known.get(base, {}).keys())
+            if base != variant and seeds and cost(runs[seeds[0]]) == cost(known[base][seeds[0]]):
+                break
+        else:
+            continue
+        pairs = [(_measures(runs[seed]), _measures(known[base][seed])) for seed in seeds]
+        first, second = pairs[0]
+        rows += [
+            [variant, base, ", ".join(map(str, seeds)), measure]
+            + [mean([one[measure][width] - other[measure][width] for one, other in pairs]) for width in bits]
+            for measure in first
+            if measure in second
+        ]
+    return [table(title, ["variant", "above", "seeds", "on", *(f"{b} bits" for b in bits)], rows)] if rows else []
+
+
+def _measures(run: _Result) -> dict[str, dict[int, float]]:
+    """{name: {bits: top-1}} of what a training can be judged by."""
+    scores = {width: run["final"][str(width)] for width in run["bits"]}
+    curves = {width: run["curves"][str(width)]["top1"] for width in run["bits"]}
+    lasting = f"val, mean of the last {_LASTING} of {run['epochs']} epochs"
+    found = {
+        "val, last epoch": {width: score["val"]["top1"] for width, score in scores.items()},
+        lasting: {width: statistics.mean(curve[-_LASTING:]) for width, curve in curves.items()},
+    }
+    tested = all("test" in score for score in scores.values())
+    return found | ({"test": {width: score["test"]["top1"] for width, score in scores.items()}} if tested else {})
+
+
+def cost(run: _Result) -> float:
+    """Forwards of a training, in epochs that visit each of its widths."""
+    return float(run["epochs"] * forwards(run) / len(run["bits"]))
+
+
+def forwards(run: _Result) -> float:
+    """How many widths a step of a training visits on average."""
+    said = [float(word.partition("=")[2]) for word in run["overrides"] if word.startswith("train.forwards=")]
+    return said[-1] if said else len(run["bits"])
 
 
 def stored_bytes(run: _Result) -> int:

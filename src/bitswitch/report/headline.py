@@ -4,17 +4,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitswitch.report.accuracy import stored_bytes
+from bitswitch.report.accuracy import OURS, stored_bytes
 from bitswitch.report.markdown import grouped, table
 
 _Result = Mapping[str, Any]
 # What one seed says does not belong on a front page.
 _SEEDS = 3
-_OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 # What is shown, in this order, and what a reader who does not know our names for it is told.
 _SELF, _PAPER, _LSQ = "bitswitch", "the paper's recipe", "LSQ jointly, float weights kept"
 LABELS = {
-    f"{_OURS}-twice-as-long": _SELF,
+    f"{OURS}-twice-as-long": _SELF,
     "kd-float-alone-scale-lr-2e-3-hot-432": _SELF,
     "paper": _PAPER,
     "paper-432": _PAPER,

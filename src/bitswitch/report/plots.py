@@ -11,7 +11,7 @@ from typing import Any
 
 from bitswitch import files
 from bitswitch.errors import require
-from bitswitch.report.accuracy import by_widths
+from bitswitch.report.accuracy import by_widths, cost, forwards
 from bitswitch.report.markdown import grouped
 from bitswitch.report.subnets import ALIKE, SHOWN, by_joint, reached
 
@@ -45,9 +45,8 @@ def draw(results: str | Path, folder: str | Path) -> list[Path]:
         alone = [one for one in runs if len(one["bits"]) < len(bits)]
         whole = [one for one in runs if len(one["bits"]) == len(bits)]
         # What cost as much is compared with each other.
-        costs = grouped(whole, lambda one: one["epochs"] * _forwards(one) / len(one["bits"]))
-        for cost, some in sorted(costs.items()):
-            figures[f"epochs-{schedule}-{''.join(map(str, bits))}-{cost:g}.svg"] = _epochs([*some, *alone], bits)
+        for spent, some in sorted(grouped(whole, cost).items()):
+            figures[f"epochs-{schedule}-{''.join(map(str, bits))}-{spent:g}.svg"] = _epochs([*some, *alone], bits)
     for joint, ways in by_joint([one for one in known.values() if "random" in one]).items():
         figures[f"subnets-{joint}.svg"] = _subnets(ways)
         figures[f"widths-{joint}.svg"] = _widths(ways)
@@ -75,7 +74,7 @@ def _epochs(runs: Sequence[_Result], bits: Sequence[int]) -> Any:
     panels = dict(zip(bits, axes[0], strict=True))
     for look, variant in zip(cycle(_looks()), variants, strict=False):
         seeds = [one for one in runs if one["variant"] == variant]
-        share = _forwards(seeds[0]) / len(bits)
+        share = forwards(seeds[0]) / len(bits)
         for width in seeds[0]["bits"]:
             floats = [one["final"][str(width)]["val"] for one in seeds]
             levels = [score["top1"] + score["drop"] for score in floats]
@@ -159,12 +158,6 @@ def _widths(ways: Mapping[str, Sequence[_Result]]) -> Any:
 def _looks() -> list[dict[str, str]]:
     solid = [{"color": color, "marker": marker} for color, marker in _LOOKS]
     return [look | {"linestyle": style} for style in ("-", "--", ":") for look in solid]
-
-
-def _forwards(run: _Result) -> float:
-    """How many widths a step of a training visits on average."""
-    said = [float(word.partition("=")[2]) for word in run["overrides"] if word.startswith("train.forwards=")]
-    return said[-1] if said else len(run["bits"])
 
 
 def _pyplot() -> Any:
