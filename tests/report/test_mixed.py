@@ -33,30 +33,38 @@ def test_random_subnets_are_drawn_evenly():
     assert len(counts) == 10 and chisquare(counts).pvalue > 0.001
 
 
-def test_a_fit_finds_costs_that_add_up_and_tells_how_much_of_the_others_it_explains():
+def test_a_fit_finds_costs_that_add_up():
     some = [of(*widths) for widths in product((2, 4), repeat=3)]
     cost = {one: 5.0 + 1.0 * (one["a"] == 2) - 2.0 * (one["c"] == 2) for one in some}
-    found, explained = choosers._fit(some, cost)
-    assert found == pytest.approx({"a": 1.0, "b": 0.0, "c": -2.0}) and explained == pytest.approx(1.0)
+    assert choosers._fit(some, cost) == pytest.approx({"a": 1.0, "b": 0.0, "c": -2.0})
     # A product of three signs is what no sum of numbers of layers tells anything of.
     odd = {one: float(np.prod([width - 3 for _, width in one.items()])) for one in some}
-    found, explained = choosers._fit(some, odd)
-    assert found == pytest.approx(dict.fromkeys(LAYERS, 0.0)) and explained < 0
+    assert choosers._fit(some, odd) == pytest.approx(dict.fromkeys(LAYERS, 0.0))
 
 
-def test_what_a_fit_explains_is_of_costs_that_it_has_not_seen():
+def test_what_a_sum_over_layers_explains_is_of_unseen_subnets_within_a_budget():
+    widths = [
+        digits for count in (2, 3) for digits in map("".join, product("24", repeat=5)) if digits.count("2") == count
+    ]
+    budgets = [str(digits.count("2")) for digits in widths]
     draw = np.random.default_rng(0)
-    some = [of(*widths) for widths in product((2, 4), repeat=3)]
-    cost = {one: 3.0 * (one["b"] == 2) + float(draw.normal()) for one in some}
-    values = np.array([cost[one] for one in some])
+    numbers, noise = np.array([3.0, -1.0, 2.0, 0.0, 1.0]), draw.normal(size=len(widths))
+    at_two = np.array([[digit == "2" for digit in digits] for digits in widths], dtype=float)
+    # However far the budgets are apart, that is nothing that layers explain.
+    far = np.array([100.0 * int(budget) for budget in budgets])
+    assert choosers.explained(budgets, widths, list(at_two @ numbers + far)) == pytest.approx(1.0)
+    assert choosers.explained(budgets, widths, list(noise + far)) < 0.2
+    values = at_two @ numbers + noise + far
+    design = np.hstack([np.array([[b == "2", b == "3"] for b in budgets], dtype=float), at_two])
     errors = []
-    for one in some:
-        others = [other for other in some if other != one]
-        design = np.array([[1.0, *(width == 2 for _, width in other.items())] for other in others])
-        found = np.linalg.lstsq(design, [cost[other] for other in others], rcond=None)[0]
-        errors.append(cost[one] - found @ [1.0, *(width == 2 for _, width in one.items())])
-    expected = 1 - np.sum(np.square(errors)) / np.sum((values - values.mean()) ** 2)
-    assert choosers._fit(some, cost)[1] == pytest.approx(expected)
+    for one in range(len(widths)):
+        others = [other for other in range(len(widths)) if other != one]
+        found = np.linalg.lstsq(design[others], values[others], rcond=None)[0]
+        errors.append(values[one] - found @ design[one])
+    means = np.array([values[[b == budget for b in budgets]].mean() for budget in budgets])
+    expected = 1 - np.sum(np.square(errors)) / np.sum((values - means) ** 2)
+    assert choosers.explained(budgets, widths, list(values)) == pytest.approx(expected)
+    assert 0.1 < expected < 0.9
 
 
 def test_neighbouring_widths_and_the_bits_of_a_weight():
