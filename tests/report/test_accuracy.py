@@ -10,7 +10,7 @@ from bitswitch import cli
 from bitswitch.errors import UserError
 from bitswitch.models.weights import read_weights
 from bitswitch.report import update
-from bitswitch.report.accuracy import OURS, accuracy_tables
+from bitswitch.report.accuracy import _HELD_AGAINST, OURS, accuracy_tables
 from report.trainings import training
 
 
@@ -111,9 +111,16 @@ def test_ways_are_held_against_those_that_cost_as_much_seed_by_seed():
     ]
 
 
-def test_a_damaged_training_is_named(tmp_path):
+def test_every_row_that_others_are_held_against_is_of_a_training_in_the_queue():
+    bases = {f"{schedule}-{name}-seed0" for schedule, held in _HELD_AGAINST.items() for _, name in held}
+    assert bases <= set(accuracy.QUEUE)
+
+
+@pytest.mark.parametrize("lost", [("final", "2"), ("curves", "2"), ("overrides",)])
+def test_a_damaged_training_is_named(tmp_path, lost):
     damaged = training("a", 0, top1=80.0, drop=1.0)
-    del damaged["final"]["2"]
+    *above, last = lost
+    del (damaged[above[0]] if above else damaged)[last]
     (tmp_path / "a.json").write_text(json.dumps(damaged))
     (tmp_path / "d.md").write_text("<!-- results:begin --><!-- results:end -->")
     with pytest.raises(UserError, match=r"a\.json is not a result file"):

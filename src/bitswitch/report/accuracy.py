@@ -119,11 +119,12 @@ def _worth_tables(title: str, schedule: str, variants: Sequence[Sequence[_Result
     # Of one width alone there is nothing to compare all of them with.
     whole = (runs for runs in variants if len(runs[0]["bits"]) == len(bits))
     known = {runs[0]["variant"]: {run["seeds"][0]: run for run in runs} for runs in whole}
+    costs = {variant: {cost(run) for run in runs.values()} for variant, runs in known.items()}
     rows = []
     for variant, runs in known.items():
         for base in (name for prefix, name in _HELD_AGAINST.get(schedule, ()) if variant.startswith(prefix)):
             seeds = sorted(runs.keys() & known.get(base, {}).keys())
-            if base != variant and seeds and cost(runs[seeds[0]]) == cost(known[base][seeds[0]]):
+            if base != variant and seeds and costs[variant] == costs[base]:
                 break
         else:
             continue
