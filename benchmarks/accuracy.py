@@ -5,13 +5,14 @@
 
 `float-seedK` fine-tunes the published weights (--start) and keeps what it reaches as float-seedK.safetensors beside its
 result file: every other job of that seed starts from this file, so that drops are from one and the same float network.
-`glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is ten and also scored on test. A way of training
-that visits two of four widths in a step costs half: `*-twice-as-long` is twice as many epochs, for as many forwards as the
-others have; of three widths (`*-432`), half as many again. A job that was killed goes on from its last epoch while --work
-is there; a job whose file is there is done. `make results` writes docs/results.md from the files. On a machine that others
-use, OMP_NUM_THREADS=1 gives more images a second, and with glibc MALLOC_MMAP_THRESHOLD_=4000000000
+`glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is ten and `long-*` twenty, also scored on test. A way
+of training that visits two of four widths in a step costs half: `*-twice-as-long` is twice as many epochs, for as many
+forwards as the others have; of three widths (`*-432`), half as many again. A job that was killed goes on from its last epoch
+while --work is there; a job whose file is there is done. `make results` writes docs/results.md from the files.
+
+On a CPU that others use, OMP_NUM_THREADS=1 gives more images a second, and with glibc MALLOC_MMAP_THRESHOLD_=4000000000
 MALLOC_TRIM_THRESHOLD_=4000000000 keep memory from step to step, whose page faults took a fifth of the time of two trainings
-beside each other.
+beside each other. A GPU is hardly busy with one training of this network: jobs beside each other fill it.
 """
 
 import argparse
@@ -31,7 +32,9 @@ import result
 from bitswitch import files
 from bitswitch.artifact import Header
 from bitswitch.data import DataSet, Preprocessing, load_data
+from bitswitch.machine import machine
 from bitswitch.models.weights import read_weights
+from bitswitch.pipeline import choose_device
 from bitswitch.training import load_checkpoint
 
 RECIPE = "cifar10-resnet20"
@@ -51,12 +54,18 @@ class Schedule:
 
     def changed(self, variant: str) -> tuple[str, ...]:
         """The overrides that make a variant differ from the schedule's own recipe."""
-        longer = (f"train.epochs={2 * self.epochs}",) if variant.endswith(TWICE) else ()
-        return (*VARIANTS[variant.removesuffix(TWICE)], *longer)
+        way, times = stretched(variant)
+        longer = (f"train.epochs={times * self.epochs}",) if times > 1 else ()
+        return (*VARIANTS[way], *longer)
 
 
-SCHEDULES = {"glance": Schedule(1, ("val",)), "screen": Schedule(5, ("val",)), "decide": Schedule(10, ("val", "test"))}
-TWICE = "-twice-as-long"
+SCHEDULES = {
+    "glance": Schedule(1, ("val",)),
+    "screen": Schedule(5, ("val",)),
+    "decide": Schedule(10, ("val", "test")),
+    "long": Schedule(20, ("val", "test")),
+}
+TWICE, FOUR_TIMES = "-twice-as-long", "-four-times-as-long"
 PAPER = ("train.scale_form=raw", "train.alrs=printed", "train.eta=paper")
 RIVALS = ("lsq", "adabits", "bit_mixer", "per_width")
 TAUGHT = ("train.distillation.teacher=float",)
@@ -157,11 +166,20 @@ def parts(job: str) -> tuple[str, str, int]:
     found = re.fullmatch(r"(?:(float)|(\w+?)-(.+))-seed(\d+)", job)
     if found is not None:
         schedule, variant = ("float", "float") if found[1] else (found[2], found[3])
-        if found[1] or (schedule in SCHEDULES and variant.removesuffix(TWICE) in VARIANTS):
+        if found[1] or (schedule in SCHEDULES and stretched(variant)[0] in VARIANTS):
             return schedule, variant, int(found[4])
     sys.exit(
-        f"{job} is no job: SCHEDULE-VARIANT[{TWICE}]-seedK of {', '.join(SCHEDULES)} and {', '.join(VARIANTS)}, or float-seedK"
+        f"{job} is no job: SCHEDULE-VARIANT[{TWICE}|{FOUR_TIMES}]-seedK of {', '.join(SCHEDULES)} and {', '.join(VARIANTS)}, "
+        "or float-seedK"
     )
+
+
+def stretched(variant: str) -> tuple[str, int]:
+    """(way of training, how many times a schedule's epochs it has) of a variant's name."""
+    for suffix, times in ((TWICE, 2), (FOUR_TIMES, 4)):
+        if variant.endswith(suffix):
+            return variant.removesuffix(suffix), times
+    return variant, 1
 
 
 def do(job: str, places: Places) -> None:
@@ -185,6 +203,8 @@ def do(job: str, places: Places) -> None:
         command=words if schedule != "float" else f"{words} --start {Path(places.start or '').name}",
         commit=commits[0],
         commits=commits,
+        # Stages take a GPU where there is one.
+        machine=machine(choose_device("auto")),
         schedule=schedule,
         variant=variant,
         **document,

@@ -16,6 +16,7 @@ import accuracy
 import bitswitch as bs
 import mixed
 import result
+from bitswitch.machine import machine
 from bitswitch.nn import quantized_layers
 
 # Budgets that no network of one width meets.
@@ -48,12 +49,13 @@ def main() -> None:
         ],
         rows=rows,
         drawn=drawn,
+        machine=machine(mixed.DEVICE),
     )
 
 
 def _rows(job: str, known: Mapping[str, Any], artifact: Path, folder: str) -> tuple[list[list[Any]], dict[str, Any]]:
     way, _, joint = job.partition("-of-")
-    model, header = bs.load(artifact), bs.artifact.read_header(artifact)
+    model, header = bs.load(artifact).to(mixed.DEVICE), bs.artifact.read_header(artifact)
     data = accuracy.images_for(header, folder)
     sizes = {name: layer.stored_shape.numel() for name, layer in quantized_layers(model).items()}
     seed, split = known["seeds"][0], known["split"]

@@ -31,6 +31,7 @@ import result
 from bitswitch import search
 from bitswitch.assignment import Assignment
 from bitswitch.data import DataSet
+from bitswitch.machine import machine
 from bitswitch.nn import quantized_layers, switched
 
 BUDGETS = (2.5, 3.0, 3.5)
@@ -54,13 +55,14 @@ def main() -> None:
             split=f"val chooses, {known['split']} scores",
             seeds=known["seeds"],
             command=f"python benchmarks/choosers.py {job} --data CIFAR_FOLDER",
+            machine=machine(mixed.DEVICE),
             **_compared(job, known, artifact, str(options.data)),
         )
         print(f"{job}: {path} is written", flush=True)
 
 
 def _compared(job: str, known: Mapping[str, Any], artifact: Path, folder: str) -> dict[str, Any]:
-    model = bs.load(artifact)
+    model = bs.load(artifact).to(mixed.DEVICE)
     data = accuracy.images_for(bs.artifact.read_header(artifact), folder)
     layers = tuple(quantized_layers(model))
     seed = known["seeds"][0]
