@@ -191,7 +191,9 @@ def do(job: str, places: Places) -> None:
     schedule, variant, seed = parts(job)
     print(f"{job}: begins or goes on", flush=True)
     run = places.work / job
-    commits = _commits(places.work / f"{job}.commits")
+    commits = _and_before(places.work / f"{job}.commits", result.commit() or "unknown")
+    # Stages take a GPU where there is one.
+    machines = _and_before(places.work / f"{job}.machines", json.dumps(machine(choose_device("auto"))))
     floats = schedule == "float"
     document = _float(run, seed, places) if floats else _quantized(run, SCHEDULES[schedule], variant, seed, places)
     words = f"python benchmarks/accuracy.py {job} --data CIFAR_FOLDER"
@@ -203,8 +205,8 @@ def do(job: str, places: Places) -> None:
         command=words if schedule != "float" else f"{words} --start {Path(places.start or '').name}",
         commit=commits[0],
         commits=commits,
-        # Stages take a GPU where there is one.
-        machine=machine(choose_device("auto")),
+        machine=json.loads(machines[-1]),
+        machines=[json.loads(one) for one in machines],
         schedule=schedule,
         variant=variant,
         **document,
@@ -212,10 +214,9 @@ def do(job: str, places: Places) -> None:
     print(f"{job}: {path} is written", flush=True)
 
 
-def _commits(path: Path) -> list[str]:
-    """All commits that worked on a job, this one the last."""
+def _and_before(path: Path, now: str) -> list[str]:
+    """All lines of a file of what worked on a job, commits or machines, `now` the last of them."""
     known = path.read_text().splitlines() if path.exists() else []
-    now = result.commit() or "unknown"
     if known[-1:] != [now]:
         known.append(now)
         files.write(path, "".join(f"{one}\n" for one in known).encode())

@@ -172,11 +172,16 @@ def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
     with pytest.raises(SystemExit, match="do float-seed0 first"):
         accuracy.do("screen-ours-seed0", places)
     jobs = ("float-seed0", "screen-scale-lr-2e-3-seed0", "decide-lsq-seed0")
+    # A job that was begun elsewhere.
+    elsewhere = {"device": "cuda (another)", "threads": 1, "torch": "2.0"}
+    places.work.mkdir()
+    (places.work / "decide-lsq-seed0.machines").write_text(json.dumps(elsewhere) + "\n")
     for job in jobs:
         accuracy.do(job, places)
     base, screen, decide = (json.loads((places.results / f"{job}.json").read_text()) for job in jobs)
     assert set(base["final"]["float"]) == {"val", "test"} and len(base["curves"]["float"]["top1"]) == 2
 
+    assert screen["machines"] == [screen["machine"]] and decide["machines"] == [elsewhere, decide["machine"]]
     assert screen["started_from"] == base["weights"] and screen["changed"] == ["train.scale_lr=2e-3"]
     artifact = places.work / "screen-scale-lr-2e-3-seed0" / "model.safetensors"
     assert screen["stored_bytes"] == artifact.stat().st_size < decide["stored_bytes"] / 2
@@ -197,6 +202,7 @@ def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
         "screen, 1 epochs" in text
         and "decide, 2 epochs" in text
         and "| scale-lr-2e-3 | `train.scale_lr=2e-3` | 0 |" in text
+        and "cuda (another), 1 threads, torch 2.0" in text
     )
 
     # The pretrain stage of a job takes no step: its network is the file's.

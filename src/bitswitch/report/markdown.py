@@ -38,7 +38,9 @@ def _line(cells: Sequence[str]) -> str:
 
 def _source(results: Sequence[_Result]) -> str:
     machines = {
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}" for m in (one["machine"] for one in results)
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}"
+        for one in results
+        for m in one.get("machines", [one["machine"]])
     }
     commits = {(commit or "unknown")[:12] for one in results for commit in one.get("commits", [one["commit"]])}
     data = {one["data"] for one in results}
