@@ -174,7 +174,6 @@ def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
     jobs = ("float-seed0", "screen-scale-lr-2e-3-seed0", "decide-lsq-seed0")
     # A job that was begun elsewhere.
     elsewhere = {"device": "cuda (another)", "threads": 1, "torch": "2.0"}
-    places.work.mkdir()
     (places.work / "decide-lsq-seed0.machines").write_text(json.dumps(elsewhere) + "\n")
     for job in jobs:
         accuracy.do(job, places)
