@@ -95,7 +95,7 @@ def test_the_header_holds_the_squared_errors(tmp_path, quantized):
         layer = quantized_layers(quantized)[entry.name]
         for width, error in entry.squared_error.items():
             expected = (layer.weight_at(width) - layer.weight).double().square().sum().item()
-            assert math.isclose(error, expected, rel_tol=1e-4)
+            assert math.isclose(error, expected, rel_tol=1e-4) and error == float(np.float32(error))
 
 
 def test_saving_a_loaded_model_gives_the_same_file(tmp_path, quantized, network):

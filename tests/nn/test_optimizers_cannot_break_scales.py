@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,3 +161,14 @@ def test_a_scale_thrown_below_zero_can_come_back():
         assert math.isfinite(parameter.grad.item())
         optimizer.step()
     assert 0.1 < parameter.item() < 1
+
+
+def test_a_scale_is_the_exponential_rounded_once():
+    # Every library has an exp of its own in float32; of float64's, rounded, the bits are the same everywhere.
+    logs = torch.linspace(-20, 20, 2001)
+    quantizer = WeightQuantizer(WIDTHS, (len(logs),), form="log")
+    with torch.no_grad():
+        quantizer.scale_parameter.copy_(logs)
+    expected = np.exp(logs.numpy().astype(np.float64)).astype(np.float32)
+    assert np.array_equal(quantizer.scale().detach().numpy(), expected)
+    assert not np.array_equal(logs.exp().numpy(), expected)

@@ -326,5 +326,6 @@ def _entry(name: str, layer: QuantizedLayer, plan: Plan) -> artifact.LayerEntry:
         shape=tuple(layer.stored_shape),
         bits=layer.weight_quantizer.high,
         input=layer.input_quantizer.kind,
-        squared_error=layer.squared_errors(),
+        # To float32's precision: the last digits of a sum are the device's.
+        squared_error={width: float(np.float32(error)) for width, error in layer.squared_errors().items()},
     )

@@ -72,7 +72,9 @@ class Quantizer(nn.Module):
     def positive(self, parameter: Tensor) -> Tensor:
         """The scale that a parameter stands for: in [2^-30, 2^30], whatever an optimizer wrote into the parameter."""
         if self.form == "log":
-            return bounded(parameter, math.log(LEAST_SCALE), math.log(GREATEST_SCALE)).exp()
+            held = bounded(parameter, math.log(LEAST_SCALE), math.log(GREATEST_SCALE))
+            # In float64, then rounded: every device and compiler has an exp of its own in float32, and the codes hang on it.
+            return held.double().exp().to(parameter.dtype)
         return bounded(parameter, LEAST_SCALE, GREATEST_SCALE)
 
     def _parameter_from(self, scale: Tensor) -> Tensor:
