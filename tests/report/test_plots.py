@@ -67,6 +67,20 @@ def test_a_curve_ends_where_its_training_ended(tmp_path, monkeypatch):
     assert y[-1] == pytest.approx(one["final"]["2"]["val"]["drop"] + 1)
 
 
+def test_a_training_far_below_the_others_is_counted_and_does_not_squash_them(tmp_path):
+    for variant, drop in (("paper", 2.0), ("adabits", 50.0)):
+        document = training(variant, 0, top1=90.0 - drop, drop=drop)
+        document["final"]["8"] = {
+            split: score | {"top1": 88.0, "drop": 2.0} for split, score in document["final"]["8"].items()
+        }
+        document["curves"]["8"]["top1"] = [87.0, 88.0]
+        (tmp_path / f"{variant}.json").write_text(json.dumps(document))
+    (figure,) = draw(tmp_path, tmp_path)
+    told = words(figure)
+    assert "2 bits (1 more than 30 below)" in told and "8 bits (" not in told
+    assert "adabits" in told and " 40 " not in f" {told} "
+
+
 def test_a_training_of_one_width_is_drawn_in_the_panel_of_that_width_alone(tmp_path, monkeypatch):
     whole = training("paper", 0, top1=80.0, drop=1.0)
     alone = training("lsq-2-alone", 0, top1=80.0, drop=1.0, bits=(2,))

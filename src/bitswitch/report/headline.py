@@ -12,6 +12,7 @@ _Result = Mapping[str, Any]
 _SEEDS = 3
 # What is shown, in this order, and what a reader who does not know our names for it is told.
 _SELF, _PAPER, _LSQ = "bitswitch", "the paper's recipe", "LSQ jointly, float weights kept"
+_ALONE = "LSQ, a network for each width, float weights kept"
 LABELS = {
     f"{OURS}-twice-as-long": _SELF,
     "kd-float-alone-scale-lr-2e-3-hot-432": _SELF,
@@ -19,6 +20,9 @@ LABELS = {
     "paper-432": _PAPER,
     "lsq": _LSQ,
     "lsq-432": _LSQ,
+    "adabits": "narrowed as by AdaBits, float weights kept",
+    "bit-mixer": "narrowed as by Bit-Mixer, float weights kept",
+    **{f"lsq-{bits}-alone": _ALONE for bits in (8, 4, 2)},
 }
 
 
@@ -27,35 +31,52 @@ def headline(results: Sequence[_Result]) -> list[str]:
 
     Args:
         results: of trainings; see `bitswitch.report.accuracy`. A way of training is shown once it has all seeds of its
-            list, three at least, and a list once ours is.
+            list, three at least, and a list once ours is. Networks of one width are a row together, of the lists that hold
+            all their widths.
     """
     decided = [one for one in results if one["schedule"] == "decide" and one["variant"] in LABELS]
+    lists = grouped(decided, lambda one: tuple(one["bits"]))
+    alone = [one for bits, runs in lists.items() if len(bits) == 1 for one in runs]
     tables = []
-    for bits, runs in sorted(grouped(decided, lambda one: tuple(one["bits"])).items(), reverse=True):
+    for bits, own in sorted(((bits, runs) for bits, runs in lists.items() if len(bits) > 1), reverse=True):
         # The float network of a seed, from any run that is held against it.
         levels = {
-            run["seeds"][0]: sum(run["final"][str(bits[0])]["test"][key] for key in ("top1", "drop")) for run in runs
+            run["seeds"][0]: sum(run["final"][str(bits[0])]["test"][key] for key in ("top1", "drop")) for run in own
         }
-        variants = {
-            variant: some
-            for variant, some in grouped(runs, lambda one: one["variant"]).items()
-            if len(some) == len(levels) >= _SEEDS
+        runs = own + (alone if {run["bits"][0] for run in alone} <= set(bits) else [])
+        ways: dict[str, list[list[_Result]]] = {}
+        for variant, some in sorted(grouped(runs, lambda one: one["variant"]).items(), key=_order):
+            ways.setdefault(LABELS[variant], []).append(some)
+        ways = {
+            label: variants
+            for label, variants in ways.items()
+            if all(len(some) == len(levels) >= _SEEDS for some in variants)
         }
-        if _SELF not in map(LABELS.get, variants):
+        if _SELF not in ways:
             continue
         rows = [["float", "", *[f"{statistics.mean(levels.values()):.2f}"] * len(bits)]]
-        for variant in sorted(variants, key=list(LABELS).index):
-            scores = [[run["final"][str(width)]["test"] for run in variants[variant]] for width in bits]
-            rows.append([LABELS[variant], f"{stored_bytes(variants[variant][0]) / 1e3:,.0f}", *map(_cell, scores)])
+        for label, variants in ways.items():
+            scores = [
+                [run["final"][str(width)]["test"] for some in variants for run in some if width in run["bits"]]
+                for width in bits
+            ]
+            stored = sum(stored_bytes(some[0]) for some in variants)
+            rows.append([label, f"{stored / 1e3:,.0f}", *map(_cell, scores)])
         title = (
             f"ResNet20 on CIFAR-10, one network for {', '.join(map(str, bits))} bits: top-1 % on test (points above float), "
             f"mean of seeds {', '.join(map(str, sorted(levels)))}"
         )
-        shown = [run for some in variants.values() for run in some]
+        shown = [run for variants in ways.values() for some in variants for run in some]
         tables.append(table(title, ["", "stores, kB", *(f"{width} bits" for width in bits)], rows, shown))
     return tables
 
 
+def _order(of_a_variant: tuple[str, Any]) -> int:
+    return list(LABELS).index(of_a_variant[0])
+
+
 def _cell(scores: Sequence[Mapping[str, float]]) -> str:
+    if not scores:
+        return ""
     top1, drop = (statistics.mean(score[key] for score in scores) for key in ("top1", "drop"))
     return f"{top1:.2f} ({-drop:+.2f})"

@@ -18,6 +18,8 @@ from bitswitch.report.subnets import ALIKE, SHOWN, by_joint, reached
 _Result = Mapping[str, Any]
 # Distinct to colour-blind readers too (Okabe and Ito), and each with a mark of its own.
 _LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
+# A training that stays so many points below float to its end is left out of a panel's sight.
+_SIGHT = 30
 
 
 def draw(results: str | Path, folder: str | Path) -> list[Path]:
@@ -84,7 +86,12 @@ def _epochs(runs: Sequence[_Result], bits: Sequence[int]) -> Any:
             x = [share * (i + 1) for i in range(len(drops))]
             panels[width].plot(x, drops, label=label, markersize=4, **look)
     for width, panel in panels.items():
-        panel.set_title(f"{width} bits")
+        # What never comes near would leave no room to tell the others apart.
+        drawn = [list(line.get_ydata()) for line in panel.get_lines()]
+        near = [drop for one in drawn if min(one) <= _SIGHT for drop in one]
+        if hidden := sum(min(one) > _SIGHT for one in drawn):
+            panel.set_ylim(min(near, default=0) - 1, max(near, default=_SIGHT) + 1)
+        panel.set_title(f"{width} bits" + (f" ({hidden} more than {_SIGHT} below)" if hidden else ""))
         panel.invert_yaxis()
         panel.grid(alpha=0.3)
     axes[0, 0].set_ylabel("points below float, val")
