@@ -75,8 +75,6 @@ HOT = ("train.distillation.temperature=3",)
 # What else might help, each by itself on top of ours.
 BESIDE = {
     "hot": HOT,
-    "hotter": ("train.distillation.temperature=10",),
-    "hot-per-channel": (*HOT, "train.per_channel=true"),
     "lr-1e-3": ("train.lr=1e-3",),
     "per-channel": ("train.per_channel=true",),
     "centred": ("train.method=centred",),
@@ -133,6 +131,7 @@ QUEUE = (
     *(f"screen-{variant}-seed0" for variant in _SCREENED),
     *(f"float-seed{seed}" for seed in (1, 2)),
     *(f"decide-{variant}-seed{seed}" for seed in range(3) for variant in _DECIDED),
+    *(f"long-{variant}-seed{seed}" for seed in range(3) for variant in ("paper", "lsq", OURS + TWICE)),
 )
 
 

@@ -29,6 +29,7 @@ OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 _HELD_AGAINST = {
     "screen": ((OURS, OURS), (OURS, f"{OURS}-twice-as-long"), ("", "ours")),
     "decide": ((OURS, f"{OURS}-twice-as-long"), ("", "paper"), ("", "paper-432")),
+    "long": (("", "paper"),),
 }
 
 
