@@ -141,7 +141,6 @@ def test_twice_as_long_is_twice_the_schedules_epochs():
     schedule = accuracy.SCHEDULES["decide"]
     assert schedule.changed("drawn-2") == ("train.forwards=2",)
     assert schedule.changed("drawn-2-twice-as-long") == ("train.forwards=2", f"train.epochs={2 * schedule.epochs}")
-    assert schedule.changed("drawn-2-four-times-as-long") == ("train.forwards=2", f"train.epochs={4 * schedule.epochs}")
 
 
 def in_this_process(command, *, check, stdout):
