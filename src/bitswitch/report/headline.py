@@ -20,8 +20,6 @@ LABELS = {
     "paper-432": _PAPER,
     "lsq": _LSQ,
     "lsq-432": _LSQ,
-    "adabits": "narrowed as by AdaBits, float weights kept",
-    "bit-mixer": "narrowed as by Bit-Mixer, float weights kept",
     **{f"lsq-{bits}-alone": _ALONE for bits in (8, 4, 2)},
 }
 
