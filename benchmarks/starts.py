@@ -19,12 +19,13 @@ from bitswitch.config import load_recipe
 from bitswitch.evaluation import training_views
 from bitswitch.models import load_weights
 from bitswitch.nn import quantized_layers
-from bitswitch.numerics import double_round
+from bitswitch.nn.quantizers import Method
+from bitswitch.numerics import Narrowing, double_round
 from bitswitch.pipeline import open_data
 from bitswitch.pipeline.run import build_network
 from bitswitch.training import evaluate, recalibrate
 
-METHODS = {"double_rounding": "half_up", "centred": "centred"}
+METHODS: tuple[Method, ...] = ("double_rounding", "centred", "adabits", "bit_mixer")
 # From E [candidates, widths], squared error / squared weights, to what is to be least.
 CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
     "sum of E / least E": lambda e: (e / e.amin(0)).sum(1),
@@ -38,7 +39,7 @@ CRITERIA: dict[str, Callable[[Tensor], Tensor]] = {
 STEPS_PER_OCTAVE = 8
 
 
-def errors(weight: Tensor, widths: tuple[int, ...], narrowing: str) -> tuple[Tensor, Tensor]:
+def errors(weight: Tensor, widths: tuple[int, ...], narrowing: Narrowing) -> tuple[Tensor, Tensor]:
     """(candidate scales, E [candidates, widths])."""
     high = widths[0]
     scales = weight.abs().max() * 2.0 ** (
@@ -67,10 +68,13 @@ def main() -> None:
     load_weights(network, options.weights)
     views = training_views(data, options.images, device)
     rows = []
-    for method, narrowing in METHODS.items():
+    for method in METHODS:
         model = bs.quantize(network, example_inputs=data.sample(512), bits=widths, method=method)
         with torch.no_grad():
-            found = {name: errors(layer.weight, widths, narrowing) for name, layer in quantized_layers(model).items()}
+            found = {
+                name: errors(layer.weight, widths, layer.weight_quantizer.narrowing)
+                for name, layer in quantized_layers(model).items()
+            }
         for criterion, worst in CRITERIA.items():
             chosen = []
             for name, layer in quantized_layers(model).items():
