@@ -12,7 +12,7 @@ from bitswitch.numerics import double_round
 # Codes for values v = -8.6 ... at scale 1 and 4 highest bits. Worked out by hand from:
 #   double rounding: q4 = clip(floor(v + .5), -8, 7); q_l = clip(floor(q4 / 2^D + .5))
 #   AdaBits:         q4 the same;                      q_l = floor(q4 / 2^D)
-#   centred:         as AdaBits at the highest width; below, a level is in the middle of its codes (a test of its own)
+#   centred:         as AdaBits at the highest width; below, half a step above it (a test of its own)
 #   Bit-Mixer:       q4 = clip(floor(v + .5), -7, 7);  q_l = max(floor(q4 / 2^D), -(2^(l-1) - 1))
 VALUES = [-9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
 STAIRS = {
@@ -50,13 +50,12 @@ def test_staircases(method, bits):
     assert quantizer(method)(weights, bits).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("bits", [4, 3, 2])
-def test_centred_levels_are_the_means_of_the_codes_they_stand_for(bits):
-    codes = torch.arange(-8.0, 8.0)
-    levels = quantizer("centred")(0.5 * codes, bits) / 0.5
-    assert len(levels.unique()) == 2**bits
-    for level in levels.unique():
-        assert level == codes[levels == level].mean() and (levels == level).sum() == 2 ** (4 - bits)
+@pytest.mark.parametrize("bits", [3, 2])
+def test_centred_levels_lie_half_a_step_above_floor(bits):
+    weights, step = 0.5 * torch.tensor(VALUES), 0.5 * 2 ** (4 - bits)
+    levels = quantizer("centred")(weights, bits)
+    assert (levels / step - 0.5).tolist() == STAIRS["adabits", bits]
+    assert (2 * levels / step).unique().tolist() == list(range(1 - 2**bits, 2**bits, 2))
 
 
 @pytest.mark.parametrize(("method", "bits"), OWN_SCALE)
@@ -71,7 +70,7 @@ def test_rivals_gradients(narrowing):
     weight = torch.tensor([-9.0, -5.0, -3.0, 1.0, 3.9, 4.1, 9.0], dtype=torch.float64, requires_grad=True)
     scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     double_round(weight, scale, high=4, low=2, narrowing=narrowing, lsq_factor=False).sum().backward()
-    middle = 0.375 if narrowing == "centred" else 0
+    middle = 0.5 if narrowing == "centred" else 0
     v = weight.detach() / 4 - middle
     least = -1 if narrowing == "floor_symmetric" else -2
     inside = (v >= least) & (v <= 1)

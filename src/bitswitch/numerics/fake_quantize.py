@@ -48,7 +48,7 @@ def narrowed_codes(
 
     "half_up": `codes.narrow`. "floor" (AdaBits): `floor(q_h / 2^D)`. "floor_symmetric" (Bit-Mixer): the same, the lowest
     code of either width dropped, so that codes of b bits lie in [-(2^(b-1) - 1), 2^(b-1) - 1]. "centred": floor, and a code
-    stands for the middle of the codes that it came from; see `centre`.
+    stands for the middle of its step; see `centre`.
     """
     codes = weight_codes(weight, scale, high)
     if narrowing == "half_up":
@@ -59,11 +59,12 @@ def narrowed_codes(
 
 
 def centre(high: Integer, low: Integer, narrowing: Narrowing) -> Any:
-    """What is added to a code of `low` bits before it is scaled: 0, or for "centred" `(1 - 2^-D) / 2`, D = high - low.
+    """What is added to a code of `low` bits before it is scaled: for "centred" 1/2 below the highest width, else 0.
 
-    The codes `q_l 2^D ... q_l 2^D + 2^D - 1` of the highest width lie evenly around `(q_l + centre) 2^D`.
+    So 2 bits have levels on both sides of zero, and all are odd multiples of half a step, which int8 holds. The codes of the
+    highest width that a level stands for lie around it to half a step of that width, as they do for "half_up".
     """
-    return 0.5 - 0.5 / (1 << (high - low)) if narrowing == "centred" else 0
+    return 0.5 * (low != high) if narrowing == "centred" else 0
 
 
 def code_range(bits: Integer, narrowing: Narrowing) -> tuple[Integer, Integer]:
