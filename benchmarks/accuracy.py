@@ -121,7 +121,8 @@ _SCREENED = (
     *(OURS, *(f"{OURS}-{name}" for name in WITHOUT)),
 )
 _DECIDED = (
-    *("paper", "lsq", OURS + TWICE, *(f"{OURS}-{name}{TWICE}" for name in ("centred", "hot", "per-channel"))),
+    *("paper", "lsq", "ours", OURS + TWICE),
+    *(f"{OURS}-{name}{TWICE}" for name in ("centred", "hot", "per-channel", "lsq")),
     *("paper-432", "lsq-432", f"{ALL}-432", f"{OURS}-hot-432"),
     *("lsq-8-alone", "lsq-4-alone", "lsq-2-alone", "adabits", "bit-mixer"),
 )
