@@ -54,3 +54,21 @@ def test_a_missing_module_names_its_extra():
 def test_nearest():
     assert nearest("epoch", ["epochs", "lr"]) == "; did you mean 'epochs'?"
     assert nearest("zzz", ["epochs"]) == ""
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("target")
+    for content in (b"one", b"two"):
+        files.write(tmp_path / "link", content)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "target").read_bytes() == content
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a", "memory:/a"])
+def test_a_url_is_not_written(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="a URL is read, not written"):
+        files.write(path, b"one")
+    files.write("odd:name", b"one")
+    assert [p.name for p in tmp_path.iterdir()] == ["odd:name"]

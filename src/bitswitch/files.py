@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,24 @@ from typing import Any
 from bitswitch.errors import UserError
 
 TEMPORARY_SUFFIX = ".partial"
+# A Path has made one slash of two. Of one letter it is a drive.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 def write(path: str | Path, content: bytes) -> None:
     """Write `content` to `path`: a temporary file beside it, flushed to the disk, then renamed over it.
 
-    Whatever goes wrong, the earlier file is whole; a temporary file is left only where the process was killed.
+    Whatever goes wrong, the earlier file is whole; a temporary file is left only where the process was killed. Of a symbolic
+    link the file that it leads to is written.
 
     Raises:
-        UserError: the file cannot be written (full disk, no permission, no such folder).
+        UserError: the file cannot be written (full disk, no permission, no such folder), or is a URL.
     """
+    if _URL.match(str(path)):
+        raise UserError(f"cannot write {path}: a URL is read, not written; give a file of this machine")
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

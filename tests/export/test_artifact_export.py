@@ -291,11 +291,13 @@ def test_what_is_kept_follows_its_codes_and_scales(loaded, images):
     with torch.no_grad():
         layer.codes.zero_()
     assert not layer.weight_at(8).any()
-    state = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
-    state["conv2.codes"] += 1
+    state = loaded.state_dict()
+    state["conv2.codes"] = state["conv2.codes"] + 1
     loaded.load_state_dict(state)
     assert layer.weight_at(8).all()
-    loaded.load_state_dict({name: tensor * 0 for name, tensor in state.items()}, assign=True)
+    for name in state:
+        state[name] = state[name] * 0
+    loaded.load_state_dict(state, assign=True)
     assert not layer.weight_at(8).any()
 
 
@@ -401,3 +403,139 @@ def test_memory_is_used_again_only_where_nobody_can_hold_it(loaded, images):
             bs.switch(loaded, width)
             loaded(images)
     assert torch.equal(lent, before) and torch.equal(traced(images), expected)
+
+
+def another(network, images, path):
+    """The artifact of the same architecture with other weights."""
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-1.1)
+    bs.save(bs.quantize(other, example_inputs=images), path)
+    return path
+
+
+def through_a_file(state, path):
+    torch.save(state, path)
+    return torch.load(path, weights_only=True)
+
+
+def test_a_state_says_how_many_planes_its_codes_have(tmp_path, quantized, network, images):
+    bs.save(quantized, tmp_path / "a")
+    whole, part = bs.load(tmp_path / "a", model=network), bs.load(tmp_path / "a", bits=2, model=network)
+    truth = whole(images)
+    whole.load_state_dict(through_a_file(part.state_dict(), tmp_path / "state"))
+    for use in (lambda: bs.switch(whole, 8), lambda: bs.save(whole, tmp_path / "b"), lambda: bs.upgrade(whole)):
+        with pytest.raises(UserError, match=r"8 bits are not loaded|nothing to upgrade them from"):
+            use()
+    assert not (tmp_path / "b").exists()
+    whole.load_state_dict(through_a_file(bs.load(tmp_path / "a", model=network).state_dict(), tmp_path / "state"))
+    bs.switch(whole, 8)
+    assert torch.equal(whole(images), truth)
+
+
+def test_the_codes_of_one_file_are_not_upgraded_from_another(tmp_path, quantized, network, images):
+    bs.save(quantized, tmp_path / "a")
+    other = bs.load(another(network, images, tmp_path / "b"), bits=4, model=network)
+    part = bs.load(tmp_path / "a", bits=2, model=network)
+    part.load_state_dict(bs.load(tmp_path / "a", bits=2, model=network).state_dict())  # its own
+    bs.upgrade(part, 4)
+    part.load_state_dict(other.state_dict())
+    assert torch.equal(part(images), other(images))
+    for model in (part, copy.deepcopy(part)):
+        with pytest.raises(UserError, match="nothing to upgrade them from"):
+            bs.upgrade(model, 8)
+        assert torch.equal(model(images), other(images))
+
+
+def test_a_state_brings_the_errors_of_its_weights(tmp_path, quantized, network, images):
+    bs.save(quantized, tmp_path / "a")
+    other = bs.load(another(network, images, tmp_path / "b"), model=network)
+    loaded = bs.load(tmp_path / "a", model=network)
+    loaded.load_state_dict(other.state_dict())
+    bs.save(loaded, tmp_path / "c")
+    assert artifact.read_header(tmp_path / "c").layers == artifact.read_header(tmp_path / "b").layers
+
+
+def test_a_state_without_its_notes_fits_the_codes_it_has_alone(tmp_path, quantized, network, images):
+    bs.save(quantized, tmp_path / "a")
+    loaded = bs.load(tmp_path / "a", model=network)
+    loaded.load_state_dict(dict(bs.load(tmp_path / "a", model=network).state_dict()))
+    other = bs.load(another(network, images, tmp_path / "b"), model=network)
+    with pytest.raises(RuntimeError, match=r"conv2\.codes are others .* use bitswitch\.save"):
+        loaded.load_state_dict(dict(other.state_dict()))
+    assert torch.equal(loaded.conv2.codes, quantized.conv2.stored_codes())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_network_of_half_precision_comes_back(tmp_path, network, images, dtype):
+    """The weights that are made from codes are of the network's type, at every width, and those of training."""
+    network, images = network.to(dtype), images.to(dtype)
+    model = bs.quantize(network, example_inputs=images).eval()
+    bs.save(model, tmp_path / "a")
+    loaded = bs.load(tmp_path / "a", model=network)
+    for width in (8, 2, 6, 4, 8):
+        bs.switch(model, width)
+        bs.switch(loaded, width)
+        assert loaded.conv2.weight_at(width).dtype == dtype
+        assert torch.equal(loaded.conv2.weight_at(width), model.conv2.weight_at(width))
+        assert torch.allclose(loaded(images), model(images), atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("source", ["loaded", "raw", "log"])
+def test_a_model_is_turned_into_another_type(tmp_path, network, images, dtype, source):
+    if source == "loaded":
+        bs.save(bs.quantize(network, example_inputs=images), tmp_path / "a")
+        model = bs.load(tmp_path / "a", model=network)
+    else:
+        model = bs.quantize(network, example_inputs=images, scale_form=source).eval()
+    for width in (8, 4, 2):
+        bs.switch(model, width)
+        truth = model.float()(images)
+        turned = copy.deepcopy(model).to(dtype)(images.to(dtype))
+        assert turned.dtype == dtype
+        if width == 8:
+            assert torch.allclose(turned.float(), truth, atol=0.1)
+    assert model.float()(images).dtype == torch.float32
+
+
+def test_a_compiled_model_is_saved_as_what_was_compiled(tmp_path, quantized, images):
+    bs.save(quantized, tmp_path / "a")
+    bs.save(torch.compile(quantized, backend="eager"), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_layer_that_was_replaced_is_named(tmp_path, quantized):
+    quantized.conv3 = nn.Conv2d(8, 12, 1, groups=2, bias=False)
+    with pytest.raises(UserError, match="'conv3' of this Small is no quantized layer any more"):
+        bs.save(quantized, tmp_path / "a")
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path, network, images):
+    class Counting(nn.GELU):
+        def get_extra_state(self):
+            return {"calls": 3}
+
+        def set_extra_state(self, state):
+            pass
+
+    network.gelu = Counting()
+    with pytest.raises(UserError, match=r"'gelu\._extra_state' in the state is a dict"):
+        bs.save(bs.quantize(network, example_inputs=images), tmp_path / "a")
+
+
+def test_what_load_cannot_call_or_read_as_a_width_is_told(tmp_path, quantized):
+    bs.save(quantized, tmp_path / "a")
+    with pytest.raises(UserError, match=r"Linear.* cannot be called with the arguments \{\}: .*in_features"):
+        bs.load(tmp_path / "a", model=nn.Linear)
+    with pytest.raises(UserError, match="'4' is text: one width for all layers is a whole number, 4"):
+        bs.load(tmp_path / "a", bits="4", model=nn.Linear)
+
+
+def test_a_url_is_not_written(tmp_path, quantized, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in ("memory://h", "https://example.org/a.safetensors"):
+        with pytest.raises(UserError, match="a URL is read, not written"):
+            bs.save(quantized, url)
+    assert not list(tmp_path.iterdir())

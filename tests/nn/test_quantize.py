@@ -538,3 +538,41 @@ def test_what_is_changed_in_place_later_is_seen_as_it_was():
 
     quantized = quiet(InPlace(), data(64, 8))
     assert quantized.b.input_quantizer.kind != "unsigned"
+
+
+def test_a_state_of_other_meaning_is_not_loaded():
+    """Names and shapes are alike, but the codes' range, the form of scales, or the narrowing is not."""
+    float_network = chain().eval()
+    inputs = data(64, 8)
+    model = quiet(float_network, inputs, keep_first_last=False)
+    assert model.get_submodule("0").input_quantizer.kind == "signed"
+    others = {
+        "input 'unsigned'": quiet(float_network, inputs.abs(), keep_first_last=False),
+        "scale_form 'raw'": quiet(float_network, inputs, keep_first_last=False, scale_form="raw"),
+        "narrowing 'floor'": quiet(float_network, inputs, keep_first_last=False, method="adabits"),
+    }
+    for words, other in others.items():
+        with pytest.raises(RuntimeError, match=f"0.*has {words} and the state was made with"):
+            other.load_state_dict(model.state_dict())
+    again = quiet(float_network, inputs * 1.5, keep_first_last=False)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(inputs), model(inputs))
+    again.load_state_dict(dict(model.state_dict()))  # without notes, as older files are
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "words"),
+    [
+        (chain, torch.empty(0, 8), "input of layer '2' is empty on the example inputs"),
+        (
+            lambda: chain(nn.Identity).to(torch.cfloat),
+            torch.ones(4, 8, dtype=torch.cfloat),
+            "input of layer '2' is complex",
+        ),
+        (lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3)), torch.ones(4, 8), "lazy modules without shapes yet"),
+    ],
+    ids=["empty", "complex", "lazy"],
+)
+def test_inputs_and_layers_that_have_no_scale(make, inputs, words):
+    with pytest.raises(UserError, match=words):
+        bs.quantize(make(), example_inputs=inputs)

@@ -294,6 +294,15 @@ def test_the_zero_point_is_a_whole_number_within_the_codes(offset, wanted):
     assert got.item() == wanted
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_stored_codes_of_half_precision_are_those_of_training(dtype):
+    weight, scale = torch.tensor(np.random.default_rng(3).normal(0, 0.1, 4000)).to(dtype), torch.tensor(0.00137)
+    codes = weight_codes(weight, scale, 8)
+    quotient = weight.float().numpy() / np.float32(0.00137)
+    assert np.array_equal(codes.numpy(), np.clip(np.floor(quotient + np.float32(0.5)), -128, 127))
+    assert torch.equal((codes.float() * scale).to(dtype), double_round(weight, scale, high=8, low=8))
+
+
 def test_zero_padding_is_exact_with_any_offset():
     for offset in np.linspace(-3, 1, 41):
         out = learned_step(torch.zeros(3), torch.tensor(0.137), bounds=UNSIGNED, offset=torch.tensor(float(offset)))

@@ -386,6 +386,10 @@ def test_inputs_that_do_not_fit(made):
         session.run(np.zeros((1, 3, 8, 8)))
     with pytest.raises(UserError, match="takes 1 inputs, not 2"):
         session.run(made[1].numpy(), made[1].numpy())
+    with pytest.raises(UserError, match="an input is a Tensor: give NumPy arrays"):
+        session.run(made[1])
+    with pytest.raises(UserError, match="'2' is text"):
+        session.switch("2")
 
 
 def test_a_file_without_a_graph_names_what_adds_it(tmp_path, made):

@@ -112,10 +112,10 @@ def test_checkpoints_hold_no_code(tmp_path):
             return (print, ("run",))
 
     torch.save({"x": Evil()}, tmp_path / "a")
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match="nor a readable checkpoint"):
         load_checkpoint(tmp_path / "a")
     (tmp_path / "b").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match="nor a readable checkpoint"):
         load_checkpoint(tmp_path / "b")
     save_checkpoint(tmp_path / "c", {"x": torch.ones(2)})
     (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:-40])

@@ -48,7 +48,9 @@ def read_table(source: Source) -> tuple[Mapping[str, Any], int]:
     """
     length = int.from_bytes(source.read(0, _LENGTH_BYTES), "little")
     if length > MOST_TABLE_BYTES:
-        raise Damaged(f"it is not a safetensors file (a table of {length} bytes)")
+        raise Damaged(
+            f"it is not a safetensors file (a table of {length} bytes)", "give an artifact, as bitswitch.save writes it"
+        )
     text = source.read(_LENGTH_BYTES, _LENGTH_BYTES + length)
     if not text.startswith(b"{"):
         raise Damaged("it is not a safetensors file (no table)")

@@ -187,7 +187,11 @@ def read_planes(located: Located, first: int, stop: int) -> dict[str, np.ndarray
     """
     with opened(located.path) as source, _naming(located.path):
         names = [plane_name(i) for i in range(first, stop)]
-        return _unpack(located.header, list(_read(source, located, names).values()), first)
+        try:
+            found = _read(source, located, names)
+        except Damaged as error:
+            raise Damaged(f"{error}, or the file is another one by now", error.advice) from error
+        return _unpack(located.header, list(found.values()), first)
 
 
 def _check_names(header: Header, tensors: Mapping[str, np.ndarray]) -> None:

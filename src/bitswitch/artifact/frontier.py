@@ -51,6 +51,8 @@ def within_budget(frontier: Sequence[Mapping[str, Any]], budget: str) -> Mapping
     Raises:
         UserError: there is no frontier, the budget is not of that form, or nothing meets it.
     """
+    if budget.strip().isdecimal():
+        raise UserError(f"{budget!r} is text: one width for all layers is a whole number, {int(budget)}")
     if not frontier:
         raise UserError(f"assignment={budget!r} needs a frontier, and there is none: bitswitch search RECIPE makes one")
     costs = [name for name in frontier[0]["cost"] if all(name in choice["cost"] for choice in frontier)]

@@ -59,6 +59,8 @@ def save(
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be
             written.
     """
+    # What torch.compile returns is a wrapper, which gives every layer another name.
+    model = getattr(model, "_orig_mod", model)
     header, tensors = contents(model, network, preprocessing, classes, provenance, frontier)
     if example_inputs is not None:
         # Here, since it needs ONNX and ONNX Runtime, which who only saves need not have.
@@ -130,6 +132,11 @@ def contents(
             f"a {plan.method} model keeps float weights and cannot be saved as an artifact: it is for comparison"
         )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
+    for name in plan.layers:
+        if name not in layers:
+            raise UserError(
+                f"{name!r} of this {type(model).__name__} is no quantized layer any more: quantize the network anew"
+            )
     header = artifact.Header(
         widths=plan.widths,
         layers=tuple(_entry(name, layers[name], plan) for name in plan.layers),
@@ -169,7 +176,8 @@ def load(
             comes with the package, such as "resnet20-cifar10".
         bits: the width to stand at; the highest where neither this nor `assignment` is given.
         model: the network where the file does not name it, or names the user's own code, which is never imported on the
-            word of a file: a float module, a function that builds one, or its name.
+            word of a file: a float module, a function that builds one, or its name. Names and shapes of its tensors are held
+            against the file; what has neither, such as a stride or an activation function, is not in the file.
         assignment: widths by layer name; or a budget such as "avg<=4" (average bits) or "bytes<=100000", for which the best
             choice of the file's frontier is taken.
         cache_bytes: memory for the float weights that are made from the codes, at their first use after a switch, and kept.
@@ -246,6 +254,11 @@ def upgrade(model: nn.Module, bits: int | None = None) -> None:
     needed = bits_read(header.widths[0], max(chosen.values()))
     held = min(layer.planes for layer in layers.values())
     if held < needed:
+        if any(layer.other_codes for layer in layers.values()):
+            raise UserError(
+                f"this {type(model).__name__} has got other codes than those of {located.path} by load_state_dict: there is "
+                "nothing to upgrade them from; load their own file"
+            )
         found = artifact.read_planes(located, held, needed)
         for name, layer in layers.items():
             assert layer.codes is not None
@@ -285,7 +298,10 @@ def _network(located: artifact.Located, model: Any) -> nn.Module:
     if isinstance(model, str):
         return _built(located, model, args)
     if model is not None:
-        made = model(**args) if callable(model) else None
+        try:
+            made = model(**args) if callable(model) else None
+        except TypeError as error:
+            raise UserError(f"model={model!r} cannot be called with the arguments {args}: {error}") from error
         if not isinstance(made, nn.Module):
             raise UserError(f"model={model!r} is neither a network, nor a function that returns one, nor a name")
         return copy.deepcopy(made)

@@ -45,10 +45,12 @@ def _others(model: nn.Module) -> dict[str, Tensor]:
         elif isinstance(module, SwitchableBatchNorm):
             prefixes.append(tensor_name(name, "variants."))
     first: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    whole = model.state_dict(keep_vars=True)
+    for name, tensor in whole.items():
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"{name!r} in the state is a {type(tensor).__name__}, and an artifact holds tensors alone")
         if name not in inside and not name.startswith(tuple(prefixes)):
             first.setdefault(id(tensor), name)
-    whole = model.state_dict(keep_vars=True)
     return {name: whole[name] for name in first.values()}
 
 

@@ -33,20 +33,21 @@ class KeptWeights:
         self._lent: set[int] = set()
         self._made_of: tuple[int, ...] = ()
 
-    def at(self, codes: Tensor, quantizer: WeightQuantizer, width: int, *, lent: bool) -> Tensor:
+    def at(self, codes: Tensor, quantizer: WeightQuantizer, width: int, dtype: torch.dtype, *, lent: bool) -> Tensor:
         """`narrow(codes) * 2^(h-l) * s_h`, kept or made now.
 
         Args:
             codes: of the highest width, int8.
             quantizer: whose scale it is.
             width: of the weight.
+            dtype: of the weight.
             lent: somebody may still hold the weight after its width is no longer in use.
         """
         parameter = quantizer.scale_parameter
         # A graph that is compiled, exported or traced holds the integers; and a scale that learns moves.
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not self.most or tracing or parameter.requires_grad:
-            return _dequantized(codes, quantizer.scale(), quantizer.high, width)
+            return _dequantized(codes, quantizer.scale(), quantizer.high, width, dtype)
         made_of = (id(codes), _version(codes), id(parameter), _version(parameter))
         if made_of != self._made_of:
             self.clear()
@@ -55,7 +56,8 @@ class KeptWeights:
         if weight is None:
             # In inference mode the weight would be one that no later backward to an input may use.
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-                weight = _dequantized(codes, self._scale, quantizer.high, width, out=self._spare())
+                spare = self._spare()
+                weight = _dequantized(codes, self._scale, quantizer.high, width, dtype, out=spare)
         # What stands for a tensor while a tracer runs must not outlive it.
         if type(weight) is Tensor:
             self._weights[width] = weight
@@ -76,12 +78,17 @@ class KeptWeights:
         return dropped
 
 
-def _dequantized(codes: Tensor, scale: Tensor, high: int, width: int, out: Tensor | None = None) -> Tensor:
+def _dequantized(
+    codes: Tensor, scale: Tensor, high: int, width: int, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     # In the unit of the highest width: the same product to the last bit, since the two differ by a power of two.
     narrowed = narrow_in_unit(codes, high, width)
     # The first touch of new memory costs as much as all the arithmetic.
-    weight = narrowed.to(scale.dtype) if out is None else out.copy_(narrowed)
-    return weight.mul_(scale)
+    if dtype == scale.dtype:
+        weight = narrowed.to(dtype) if out is None else out.copy_(narrowed)
+        return weight.mul_(scale)
+    # The product is rounded once, as in training.
+    return (narrowed.to(scale.dtype) * scale).to(dtype)
 
 
 def _version(tensor: Tensor) -> int:

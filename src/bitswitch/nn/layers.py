@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from bitswitch.codes import bits_read
 from bitswitch.errors import UserError
 from bitswitch.nn.kept import KeptWeights
-from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer
+from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer, note
 
 Self = TypeVar("Self", bound="QuantizedLayer")
 
@@ -27,6 +27,8 @@ class QuantizedLayer(nn.Module):
         width: the one in use.
         planes: how many of the most significant bits of `codes` are known; the others are 0.
         kept: the float weights made from `codes`.
+        dtype: of the float weight, that of the network.
+        other_codes: whether `load_state_dict` has replaced the codes by others since they were stored.
     """
 
     weight: Any  # nn.Parameter | None, but torch declares it without the None
@@ -36,6 +38,8 @@ class QuantizedLayer(nn.Module):
     width: int
     planes: int
     kept: KeptWeights
+    dtype: torch.dtype
+    other_codes: bool
     weight_quantizer: Any  # a WeightQuantizer, or a PerWidthWeightQuantizer in comparisons
     input_quantizer: ActivationQuantizer
     _errors: Mapping[int, float]
@@ -56,6 +60,8 @@ class QuantizedLayer(nn.Module):
         self.widths = weights.widths
         self.width = self.planes = weights.high
         self.kept = KeptWeights()
+        self.dtype = layer.weight.dtype  # type: ignore[assignment]
+        self.other_codes = False
         return self
 
     @property
@@ -77,12 +83,36 @@ class QuantizedLayer(nn.Module):
         if codes is None:
             return self.weight_quantizer(self.weight, width)
         self.check_served(width)
-        return self.kept.at(codes, self.weight_quantizer, width, lent=lent)
+        return self.kept.at(codes, self.weight_quantizer, width, self.dtype, lent=lent)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # To another device or type.
         self.kept.clear()
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.codes is not None:
+            note(destination, prefix, {"planes": self.planes, "squared_errors": dict(self._errors)})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        codes = state_dict.get(f"{prefix}codes")
+        if self.codes is None or codes is None or codes is self.codes or codes.shape != self.codes.shape:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+            return
+        others = not torch.equal(codes.to(self.codes.device), self.codes)
+        if others and "planes" not in local_metadata:
+            errors: list[str] = rest[-1]
+            errors.append(
+                f"{prefix}codes are others than those here, and the state does not say how many of their bits are known "
+                "(safetensors and copies as a dict drop it): use bitswitch.save and bitswitch.load"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if "planes" in local_metadata:
+            self.planes, self._errors = local_metadata["planes"], dict(local_metadata["squared_errors"])
+        self.other_codes |= others
 
     def check_served(self, width: int) -> None:
         """Raise where the bits for a width of this layer are not there.

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bitswitch.codes import check_widths
 from bitswitch.errors import UserError, nearest
@@ -78,6 +79,10 @@ def quantize(
         raise UserError(f"scale_form={scale_form!r}: use 'log' or 'raw'")
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise UserError(f"this {type(model).__name__} is already quantized: quantize the float network")
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise UserError(
+            f"this {type(model).__name__} has lazy modules without shapes yet: run it once, then quantize it"
+        )
     copied = copy.deepcopy(model)
     refused = replace_attention(copied)
     named = dict(copied.named_modules())
@@ -152,6 +157,10 @@ def _last(chosen: Sequence[str], layers: Sequence[str]) -> str | None:
 
 def _input_start(name: str, x: Tensor, widths: tuple[int, ...]) -> tuple[InputKind, Tensor, Tensor | None]:
     """The kind of quantizer that suits the data, and where its scales and offsets start."""
+    if x.is_complex():
+        raise UserError(f"the input of layer {name!r} is complex: name it in keep=, to leave it float")
+    if not x.numel():
+        raise UserError(f"the input of layer {name!r} is empty on the example inputs: give a batch of real data")
     if not bool(x.isfinite().all()):
         raise UserError(
             f"the input of layer {name!r} is not finite on the example inputs: check the model and the data"

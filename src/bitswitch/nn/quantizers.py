@@ -5,7 +5,7 @@ gradient, and every optimizer of torch leaves such a parameter, its momentum and
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -70,7 +70,11 @@ class Quantizer(nn.Module):
         return self.quantize(x, *self.numbers(width), **self.selected(width))
 
     def positive(self, parameter: Tensor) -> Tensor:
-        """The scale that a parameter stands for: in [2^-30, 2^30], whatever an optimizer wrote into the parameter."""
+        """The scale that a parameter stands for: in [2^-30, 2^30], whatever an optimizer wrote into the parameter.
+
+        In float32, or what is wider: float16 holds neither bound.
+        """
+        parameter = _wide(parameter)
         if self.form == "log":
             held = bounded(parameter, math.log(LEAST_SCALE), math.log(GREATEST_SCALE))
             # In float64, then rounded: every device and compiler has an exp of its own in float32, and the codes hang on it.
@@ -79,6 +83,36 @@ class Quantizer(nn.Module):
 
     def _parameter_from(self, scale: Tensor) -> Tensor:
         return scale.log() if self.form == "log" else scale
+
+    def meaning(self) -> dict[str, str]:
+        """What the parameters stand for, beside their names and shapes; a state of another meaning is not loaded."""
+        return {"scale_form": self.form}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        note(destination, prefix, self.meaning())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        errors: list[str] = rest[-1]
+        for key, mine in self.meaning().items():
+            if (theirs := local_metadata.get(key, mine)) != mine:
+                errors.append(
+                    f"{prefix.removesuffix('.')} has {key} {mine!r} and the state was made with {theirs!r}: quantize with the "
+                    "options and example_inputs of the model that it comes from"
+                )
+
+
+def note(state: Any, prefix: str, facts: Mapping[str, Any]) -> None:
+    """Put facts beside a module's tensors in a state dict, where torch keeps versions."""
+    if hasattr(state, "_metadata"):
+        state._metadata[prefix[:-1]].update(facts)
+
+
+def _wide(parameter: Tensor) -> Tensor:
+    """In float32 at least. Where it is nothing is added, not even what does nothing: exporters match the operations."""
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter if parameter.dtype == wide else parameter.to(wide)
 
 
 class WeightQuantizer(Quantizer):
@@ -106,6 +140,10 @@ class WeightQuantizer(Quantizer):
         self.narrowing = _NARROWINGS[method]
         self.lsq_factor = lsq_factor
         self.scale_parameter = nn.Parameter(self._parameter_from(torch.ones(tuple(shape))))
+
+    def meaning(self) -> dict[str, str]:
+        """And how lower widths are made."""
+        return super().meaning() | {"narrowing": self.narrowing}
 
     @property
     def per_channel(self) -> bool:
@@ -188,6 +226,10 @@ class PerWidthWeightQuantizer(Quantizer):
             {str(w): self._parameter_from(torch.ones(tuple(shape))) for w in widths}
         )
 
+    def meaning(self) -> dict[str, str]:
+        """And how weights are rounded."""
+        return super().meaning() | {"method": self.method}
+
     @torch.no_grad()
     def start(self, weight: Tensor) -> None:
         """Start every width where its own error is least."""
@@ -249,6 +291,10 @@ class ActivationQuantizer(Quantizer):
         self.scale_parameter = nn.ParameterDict({str(w): self._parameter_from(torch.ones(())) for w in widths})
         self.offset = nn.ParameterDict({str(w): torch.zeros(()) for w in widths} if kind == "zero_point" else {})
 
+    def meaning(self) -> dict[str, str]:
+        """And the range of codes."""
+        return super().meaning() | {"input": self.kind}
+
     def scale(self, width: int) -> Tensor:
         """The scale of a width, always positive and finite."""
         return self.positive(self.scale_parameter[str(width)])
@@ -258,7 +304,7 @@ class ActivationQuantizer(Quantizer):
         return self._held(self.offset[str(width)]) if self.kind == "zero_point" else None
 
     def _held(self, offset: Tensor) -> Tensor:
-        return bounded(offset, -GREATEST_SCALE, GREATEST_SCALE)
+        return bounded(_wide(offset), -GREATEST_SCALE, GREATEST_SCALE)
 
     @torch.no_grad()
     def set_scale(self, width: int, scale: Tensor, offset: Tensor | None = None) -> None:

@@ -49,7 +49,9 @@ def widths(model: nn.Module) -> dict[str, int]:
 def switch(model: nn.Module, wanted: int | Mapping[str, int]) -> None:
     """Set the width of every layer (an integer) or of some layers ({name: bits}). Nothing changes if anything is wrong.
 
-    A batch normalization follows the layer before it. A backward that runs later uses the widths of its own forward.
+    A batch normalization follows the layer before it. A backward that runs later uses the widths of its own forward, but where
+    `torch.utils.checkpoint` computes that forward again: then switch after the backward. A forward in another thread may see
+    some layers at the old widths and some at the new; `bitswitch.runtime.Session` switches between whole forwards.
 
     Raises:
         UserError: no layer has that name, or a layer does not have that width, or its bits were not loaded (a ValueError).

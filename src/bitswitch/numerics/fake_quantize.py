@@ -23,7 +23,7 @@ def weight_codes(weight: Tensor, scale: Tensor, bits: Integer) -> Tensor:
     """`q_h = clip(floor(W / s_h + 1/2), -2^(h-1), 2^(h-1) - 1)`: the integers that are stored.
 
     Args:
-        weight: float weights, any shape.
+        weight: float weights, any shape; bfloat16 and float16 are computed in float32.
         scale: positive, a scalar or a shape that broadcasts against `weight` (one scale per output channel).
         bits: the highest width, h.
 
@@ -31,6 +31,8 @@ def weight_codes(weight: Tensor, scale: Tensor, bits: Integer) -> Tensor:
         int8 codes of the shape of `weight`. The code of a NaN is not defined.
     """
     low, high = signed_range(bits)
+    # Beside bfloat16 and float16 weights a 0-dim scale does not make the quotient float32 by itself.
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     return torch.floor(weight / scale + 0.5).clamp_(low, high).to(torch.int8)
 
 

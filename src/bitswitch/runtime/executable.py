@@ -69,6 +69,9 @@ class Executable:
         """All outputs for these inputs."""
         if len(inputs) != len(self._names):
             raise UserError(f"the network takes {len(self._names)} inputs, not {len(inputs)}")
+        for value in inputs:
+            if not isinstance(value, np.ndarray):
+                raise UserError(f"an input is a {type(value).__name__}: give NumPy arrays, of a tensor its .numpy()")
         try:
             return self._session.run(None, dict(zip(self._names, inputs, strict=True)))
         except _state().InvalidArgument as error:

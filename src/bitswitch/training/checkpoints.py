@@ -36,7 +36,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     # What a damaged pickle can raise has no end.
     except Exception as error:
         raise UserError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}): nothing in it was run"
+            f"{path} is neither an artifact (.safetensors) nor a readable checkpoint ({type(error).__name__}): "
+            "nothing in it was run"
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a readable checkpoint: it holds a {type(state).__name__}")
