@@ -560,6 +560,7 @@ def test_a_state_of_other_meaning_is_not_loaded():
     again.load_state_dict(dict(model.state_dict()))  # without notes, as older files are
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
 @pytest.mark.parametrize(
     ("make", "inputs", "words"),
     [
