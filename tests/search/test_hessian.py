@@ -108,6 +108,19 @@ class TimeFirst(nn.Module):
         return self.head(torch.tanh(x).mean(1))
 
 
+class Frames(nn.Module):
+    """Every layer sees the frames of all samples in its first dimension; outputs are means over a sample's frames."""
+
+    def __init__(self, outputs, activation):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, outputs)
+        self.activation = activation()
+
+    def forward(self, x):
+        frames = self.activation(self.mix(self.activation(self.embed(x.flatten(0, 1)))))
+        return self.head(frames).unflatten(0, x.shape[:2]).mean(1)
+
+
 def cross_entropy(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 
@@ -167,6 +180,9 @@ CASES = {
     "attention": (Attention, cross_entropy, tokens, WEIGHT, 4),
     "recurrent": (Recurrent, cross_entropy, tokens, WEIGHT, 4),
     "time first": (TimeFirst, cross_entropy, tokens, BOTH, 1),
+    # As many outputs as frames, and not.
+    "frames": (functools.partial(Frames, 4, nn.ReLU), cross_entropy, tokens, OUTPUT, 4),
+    "frames, softplus": (functools.partial(Frames, 3, nn.Softplus), cross_entropy, tokens, BOTH, 4),
 }
 
 

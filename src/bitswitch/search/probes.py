@@ -130,7 +130,11 @@ class Prober:
         return run
 
     def _samples(self, run: "Pass") -> int:
-        return 1 if self.samples == 1 else rows(run.knobs[name] for name in self.shifted if name in run.knobs)
+        if self.samples == 1:
+            return 1
+        knobs = [run.knobs[name] for name in self.shifted if name in run.knobs]
+        # Layers may see several rows of one sample; then the outputs alone tell how many samples there are.
+        return rows(knobs if "output" not in self.kinds or run.output is None else [run.output, *knobs])
 
     def _roots(self, run: "Pass") -> list[tuple[int, Tensor]]:
         """S^(1/2) of every sample, [samples, outputs, outputs], for the positive and the negative part of S, with its sign."""
