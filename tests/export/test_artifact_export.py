@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import bitswitch as bs
 from bitswitch import artifact, codes
 from bitswitch.errors import UserError
+from bitswitch.export import add_graph
 from bitswitch.nn import freeze, quantized_layers
 
 PLANES = {f"plane.{i}" for i in range(8)}
@@ -538,4 +539,22 @@ def test_a_url_is_not_written(tmp_path, quantized, monkeypatch):
     for url in ("memory://h", "https://example.org/a.safetensors"):
         with pytest.raises(UserError, match="a URL is read, not written"):
             bs.save(quantized, url)
+    assert not list(tmp_path.iterdir())
+
+
+def test_integers_of_any_type_are_stored(tmp_path, network, images):
+    network.register_buffer("order", torch.tensor([1, -2], dtype=torch.int8))
+    network.register_buffer("mask", torch.tensor([True, False]))
+    model = bs.quantize(network, example_inputs=images)
+    bs.save(model, tmp_path / "a")
+    loaded = bs.load(tmp_path / "a", model=network)
+    assert loaded.order.dtype == torch.int8 and loaded.order.tolist() == [1, -2]
+    assert loaded.mask.dtype == torch.bool and loaded.mask.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("path", ["resnet20-cifar10", "https://example.org/model.safetensors"])
+def test_a_graph_is_not_added_to_what_is_not_the_users(tmp_path, monkeypatch, images, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no file of this machine's to write to"):
+        add_graph(path, images)
     assert not list(tmp_path.iterdir())

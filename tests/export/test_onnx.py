@@ -133,13 +133,14 @@ def test_a_model_exports_as_it_stands(tmp_path, concatenating):
     assert not [node for node in proto.graph.node if node.op_type in ("If", "ConvInteger")]
 
 
+@pytest.mark.parametrize("additions", ["requantized", "exact"])
 @pytest.mark.parametrize("weights", ["int4", "int2"])
-def test_packed_weights(tmp_path, concatenating, weights):
+def test_packed_weights(tmp_path, concatenating, weights, additions):
     model, x = concatenating
     bits = {"int4": 4, "int2": 2}[weights]
     mixed = dict.fromkeys(bs.widths(model), 8) | dict.fromkeys(list(bs.widths(model))[1:3], bits)
     with bs.switched(model, mixed):
-        bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x, weights=weights, additions="exact")
+        bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x, weights=weights, additions=additions)
     held_against_torch(model, x, tmp_path / "m.onnx", mixed, 20)
     proto = onnx.load(tmp_path / "m.onnx")
     packed = {"int4": onnx.TensorProto.INT4, "int2": onnx.TensorProto.INT2}[weights]
@@ -150,6 +151,110 @@ def test_packed_weights(tmp_path, concatenating, weights):
             found = onnx.numpy_helper.to_array(tensor).astype(np.int8)
             layer = model.get_submodule(name.removesuffix(".product.codes"))
             assert np.array_equal(found, narrow(layer.stored_codes().numpy(), 8, bits))
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize(("weights", "bits"), [("int4", 4), ("int2", 2)])
+def test_packed_weights_lose_nothing_to_bytes_of_branches(tmp_path, weights, bits, from_file):
+    """They are computed in floats: a branch that ends in 8 bits would be no faster."""
+    model = bs.load("resnet20-cifar10")
+    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    bs.switch(model, bits)
+    if from_file:
+        bs.save(model, tmp_path / "a", example_inputs=x)
+        export_file(tmp_path / "a", tmp_path / "m.onnx", wanted=bits, weights=weights)
+    else:
+        bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x, weights=weights)
+    held_against_torch(model, x, tmp_path / "m.onnx", bits, 30)
+
+
+class Aliased(nn.Module):
+    """A batch normalization and a layer that the network holds in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.mid, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.Conv2d(8, 4, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.again = nn.ModuleList([self.norm, self.mid, self.last])
+
+    def forward(self, x):
+        return self.last(self.norm(self.mid(self.first(x).relu())).relu()).mean((2, 3))
+
+
+def test_what_a_network_holds_twice_is_what_the_artifact_holds(tmp_path):
+    x = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = quantized(Aliased, x)
+    for i, variant in enumerate(model.norm.variants.values()):
+        nn.init.normal_(variant.weight, 1, 0.5, generator=torch.Generator().manual_seed(i))
+        nn.init.normal_(variant.bias, generator=torch.Generator().manual_seed(i))
+    bs.save(model, tmp_path / "a", example_inputs=x, additions="exact")
+    for width in (8, 4, 2):
+        with bs.switched(model, width), torch.no_grad():
+            expected = model(x).numpy()
+        assert snr_db(expected, Session(tmp_path / "a", bits=width).run(x.numpy())) > 60, width
+
+
+class OfRows(nn.Module):
+    """Batch normalization of dimension 1 behind matrix products whose channels are dimension 2."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.first, self.mid, self.last = nn.Linear(6, 6), nn.Linear(6, features), nn.Linear(features, 3)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.last(self.norm(self.mid(self.first(x))).relu()).mean(1)
+
+
+@pytest.mark.parametrize("features", [6, 5])
+def test_a_batch_normalization_of_other_channels_is_not_folded(tmp_path, features):
+    x = torch.randn(16, 6, 6, generator=torch.Generator().manual_seed(0))
+    model = quantized(functools.partial(OfRows, features), x)
+    for variant in model.norm.variants.values():
+        variant.running_var.copy_(torch.tensor([0.7, 0.8, 0.9, 1.1, 1.2, 1.4]))
+    bs.save(model, tmp_path / "a", example_inputs=x)
+    for width in (8, 4):
+        with bs.switched(model, width), torch.no_grad():
+            expected = model(x).numpy()
+        assert snr_db(expected, Session(tmp_path / "a", bits=width).run(x.numpy())) > 60, width
+
+
+class Answering(Aliased):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda y: {"out": y}, lambda y: ((y, y + 1), y.mean(1)), lambda y: [[y]]],
+    ids=["dict", "nested", "lists"],
+)
+def test_results_in_any_structure(tmp_path, answer):
+    x = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = quantized(functools.partial(Answering, answer), x)
+    bs.save(model, tmp_path / "a", example_inputs=x)
+    with torch.no_grad():
+        expected = Aliased.forward(model, x).numpy()
+    found = Session(tmp_path / "a").run(x.numpy())
+    assert snr_db(expected, found[0] if isinstance(found, tuple) else found) > 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_graph_of_half_precision_is_refused(tmp_path, concatenating, dtype):
+    model, x = copy.deepcopy(concatenating[0]).to(dtype), concatenating[1].to(dtype)
+    with pytest.raises(UserError, match=f"{dtype}: a graph is float32"):
+        bs.save(model, tmp_path / "a", example_inputs=x)
+    bs.save(model.float(), tmp_path / "a", example_inputs=x.float())
+
+
+def test_a_compiled_model_exports(tmp_path, concatenating):
+    model, x = concatenating
+    bs.export_onnx(torch.compile(model, backend="eager"), tmp_path / "m.onnx", example_inputs=x)
+    held_against_torch(model, x, tmp_path / "m.onnx", 8, 30)
 
 
 class Heads(nn.Module):

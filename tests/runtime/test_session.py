@@ -303,6 +303,54 @@ def test_weights_are_narrowed_from_the_stored_codes(made):
         assert np.allclose(dequantized * scale, expected, rtol=1e-6, atol=0)
 
 
+def test_inputs_of_another_byte_order(made):
+    _, images, files = made
+    session, x = Session(files["exact"]), images.numpy()
+    assert np.array_equal(session.run(x.astype(">f4")), session.run(x))
+
+
+def test_what_is_no_width_and_no_input_is_told_in_a_line(made):
+    _, images, files = made
+    session = Session(files["exact"])
+    with pytest.raises(UserError, match=r"no width \[4, 2\]; it has 8"):
+        session.switch([4, 2])
+    for dtype in ("complex64", "datetime64[s]"):
+        with pytest.raises(UserError, match="cannot run the network on these inputs"):
+            session.run(images.numpy().astype(dtype))
+    assert session.bits == 8
+
+
+@pytest.mark.parametrize("place", ["graph", "branch", "name"])
+def test_a_graph_that_wants_a_file_of_this_machine_is_refused(made, tmp_path, monkeypatch, place):
+    """As a forged artifact might: a constant of it would be read from a file and come out as a result."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.txt").write_bytes(b"a secret that is not the artifact's")
+    header, tensors = artifact.read(made[2]["exact"])
+    proto = onnx.load_model_from_string(unpacked(tensors[artifact.GRAPH]))
+    secret = onnx.TensorProto(name="leak", data_type=onnx.TensorProto.UINT8, dims=[20], data_location=1)
+    for key, value in (("location", "secret.txt"), ("offset", "0"), ("length", "20")):
+        secret.external_data.add(key=key, value=value)
+    leaked = onnx.helper.make_tensor_value_info("leaked", onnx.TensorProto.UINT8, [20])
+    if place == "branch":
+        inner = onnx.helper.make_node("Identity", ["leak"], ["inner"])
+        result = onnx.helper.make_tensor_value_info("inner", onnx.TensorProto.UINT8, [20])
+        branch = onnx.helper.make_graph([inner], "b", [], [result], [secret])
+        proto.graph.initializer.append(onnx.helper.make_tensor("yes", onnx.TensorProto.BOOL, [], [True]))
+        node = onnx.helper.make_node("If", ["yes"], ["leaked"], then_branch=branch, else_branch=branch)
+    else:
+        proto.graph.initializer.append(secret)
+        node = onnx.helper.make_node("Identity", ["leak"], ["leaked"])
+    proto.graph.node.append(node)
+    proto.graph.output.append(leaked)
+    if place == "name":
+        # Of a constant that the session supplies, once more.
+        secret.name = node.input[0] = proto.graph.initializer[0].name
+        proto.graph.initializer[-1].CopyFrom(secret)
+    artifact.write(tmp_path / "forged", header, tensors | {artifact.GRAPH: packed(proto.SerializeToString())})
+    with pytest.raises(UserError, match="cannot be used"):
+        Session(tmp_path / "forged")
+
+
 def test_what_was_built_is_kept_and_switched_to(made):
     session = Session(made[2]["requantized"], bits=8)
     first = session._current.executable

@@ -110,6 +110,8 @@ def add_graph(
     """
     from bitswitch.export.graph import session_graph
 
+    if "://" in str(path) or artifact.located(path) != Path(path):
+        raise UserError(f"{path} is no file of this machine's to write to: load it, and save it with example_inputs=")
     header, tensors = artifact.read(path)
     tensors.pop(GRAPH, None)
     quantized = load(path, model=model)

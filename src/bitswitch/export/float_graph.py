@@ -39,9 +39,10 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
     batch = torch.export.Dim("batch")
     size = inputs[0].shape[0]
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None for x in inputs)
+    twin = float_twin(model)
     try:
         program = torch.onnx.export(
-            float_twin(model),
+            twin,
             inputs,
             dynamo=True,
             optimize=False,
@@ -56,7 +57,14 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
     assert program is not None
     graph = program.model.graph
     weights = {f"{name}.weight" if name else "weight" for name, _ in _layers(model)}
-    for name in list(graph.initializers):
+    first_names = _first_names(twin)
+    for given in list(graph.initializers):
+        # The exporter names what a network holds in several places after another of them than the artifact does.
+        name = first_names.get(given, given)
+        if name != given:
+            value = graph.initializers.pop(given)
+            value.name = name
+            graph.initializers[name] = value
         if name in tensors or name in weights:
             # Not a constant any more, so that nothing folds it.
             graph.inputs.append(graph.initializers.pop(name))
@@ -80,6 +88,13 @@ def float_twin(model: nn.Module) -> nn.Module:
             module.__class__ = type(norm)  # type: ignore[assignment]
             module.__dict__ = norm.__dict__
     return twin.cpu()
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """{every name of a parameter or buffer: the first name of the same}."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
 
 
 def _layers(model: nn.Module) -> list[tuple[str, QuantizedLayer]]:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from bitswitch.artifact import Header
 from bitswitch.errors import UserError, nearest, require
@@ -32,6 +33,7 @@ _GREATEST_NOISE = 0.5
 _GREATEST_OWN_NOISE = 2.0
 _ROUNDING = 1e-9
 _DISTURBANCE = 2.0**-8
+_HALF = (torch.float16, torch.bfloat16)
 # How far the range of a channel reaches beyond what the example inputs showed, either way.
 _ROOM = 0.1
 # Shares of what they showed that are tried as the range of all channels, on so many results.
@@ -98,6 +100,12 @@ def integer_graph(
         )
     require("onnxruntime", "runtime")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    half = [x.dtype for x in (*model.state_dict().values(), *inputs) if isinstance(x, Tensor) and x.dtype in _HALF]
+    if half:
+        raise UserError(
+            f"this {type(model).__name__} or its example_inputs hold {half[0]}: a graph is float32; give model.float() and "
+            "example_inputs of float32"
+        )
     lowering = lower_layers(float_graph(model, inputs, tensors), header, tensors)
     if additions == "requantized":
         end_in_bytes(lowering, _ranges(lowering, inputs))
@@ -231,7 +239,7 @@ def _results(model: nn.Module, assignment: Mapping[str, int], inputs: tuple[Any,
     """The model's first result at an assignment, float64."""
     with evaluating(model), switched(model, assignment):
         results = model(*inputs)
-    first = results if isinstance(results, Tensor) else next(x for x in results if isinstance(x, Tensor))
+    first = next(leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor))
     return first.double().cpu().numpy()
 
 

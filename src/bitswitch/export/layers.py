@@ -101,7 +101,7 @@ def _operands(
     lowering: Lowering, node: ir.Node, layer: str, kind: str, bias: ir.Value | None, out: ir.Value
 ) -> tuple[Product, ir.Value, ir.Value, ir.Value]:
     """A product, its dequantized input and weight, and the result that it gives once a batch normalization is folded in."""
-    norm, epsilon, end = _following_norm(lowering, out)
+    norm, epsilon, end = _following_norm(lowering, kind, out)
     prefix = lowering.prefix(tensor_name(layer, "product"))
     product = Product(
         prefix=prefix,
@@ -133,10 +133,13 @@ def _parameter(lowering: Lowering, bias: ir.Value | None, layer: str) -> str | N
     return None
 
 
-def _following_norm(lowering: Lowering, out: ir.Value) -> tuple[str | None, float, ir.Value]:
-    """(name, epsilon, its result) of the batch normalization that alone reads `out`, or (None, 0, out)."""
+def _following_norm(lowering: Lowering, kind: str, out: ir.Value) -> tuple[str | None, float, ir.Value]:
+    """(name, epsilon, its result) of the batch normalization of its channels that alone reads `out`, or (None, 0, out)."""
     node = only_user(out)
     if node is None or node.op_type != "BatchNormalization" or node.inputs[0] is not out:
+        return None, 0.0, out
+    # It normalizes dimension 1; the channels of a matrix product are the last.
+    if kind == "linear" and (out.shape is None or len(out.shape) != 2):
         return None, 0.0, out
     mean = node.inputs[3]
     assert mean is not None and mean.name is not None

@@ -18,6 +18,7 @@ from bitswitch.export.artifact import Additions, contents
 from bitswitch.export.decide import decide
 from bitswitch.export.graph import IntegerGraph, hold_against, integer_graph
 from bitswitch.export.layout import TO_LAST, sink
+from bitswitch.export.lowering import take_place
 from bitswitch.export.patches import standard_sums
 from bitswitch.nn import widths
 from bitswitch.runtime.bindings import Bindings, Product
@@ -56,14 +57,17 @@ def export_onnx(
         path: the file; written whole or not at all.
         example_inputs: what the model is called with; real data, since the ranges of branches come from it.
         weights: "int8"; "int4" or "int2": layers of so few bits are packed, which ONNX Runtime computes in floats.
-        additions: "requantized": a convolution that feeds an addition ends in 8 bits, so that it runs in integers; "exact": it
-            ends in floats, and runs in floats in most runtimes.
+        additions: "requantized": a convolution that feeds an addition ends in 8 bits, so that it runs in integers, where every
+            layer has 8 bits or nothing is lost, and its weights are not packed; "exact": it ends in floats, and runs in floats
+            in most runtimes.
 
     Raises:
         UserError: an extra is not installed; the network cannot be exported; the file does not compute what the model does,
             or cannot be written.
     """
     _check(weights)
+    # What torch.compile returns is a wrapper, which gives every layer another name.
+    model = getattr(model, "_orig_mod", model)
     header, tensors = contents(model)
     graph = integer_graph(model, header, tensors, example_inputs, additions)
     assignment = widths(model)
@@ -145,6 +149,16 @@ def packed_products(bindings: Bindings, assignment: Mapping[str, int], weights: 
     return [p for p in bindings.products if bits < 8 and assignment[p.layer] <= bits and p.kind != "int32"]
 
 
+def _end_in_floats(graph: ir.Graph, product: Product) -> None:
+    """Leave out the rounding of a convolution's result to a byte: with packed weights it is computed in floats all the same."""
+    steps = next((node for node in graph if node.outputs[0].name == f"{product.prefix}.steps"), None)
+    if steps is not None:
+        bytes_ = steps.inputs[0]
+        quantizer = None if bytes_ is None else bytes_.producer()
+        assert quantizer is not None and quantizer.inputs[0] is not None
+        take_place(graph, steps.outputs[0], quantizer.inputs[0])
+
+
 def _can_fold(node: ir.Node) -> bool | None:
     """Quantized weights stay integers; all else is as the fold has it (None)."""
     return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
@@ -160,6 +174,8 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
         # They are products of matrices of patches, and ONNX Runtime shapes no packed weights into a matrix.
         raise UserError(f"weights={weights!r}: the stored graph keeps exact sums, for int8 weights alone; use int8")
     decide(graph.model.graph, arrays)
+    for product in products:
+        _end_in_floats(graph.model.graph, product)
     standard_sums(graph.model)
     for name, value in graph.model.graph.initializers.items():
         if name in arrays:

@@ -23,7 +23,8 @@ def tensors_of(model: nn.Module) -> dict[str, np.ndarray]:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer):
             for key, tensor in _layer_tensors(module).items():
-                found[tensor_name(name, key)] = _storable(tensor_name(name, key), tensor, learned=True)
+                full = tensor_name(name, key)
+                found[full] = tensor.cpu().numpy() if key == "codes" else _storable(full, tensor, learned=True)
         elif isinstance(module, SwitchableBatchNorm):
             states = [norm.state_dict() for norm in module.variants.values()]
             for key in states[0]:
@@ -68,9 +69,7 @@ def _layer_tensors(layer: QuantizedLayer) -> dict[str, Tensor]:
 
 
 def _storable(name: str, tensor: Tensor, *, learned: bool) -> np.ndarray:
-    """A NumPy array of int8 (codes), int32 or float32; what was learned must be finite, a constant such as a mask need not."""
-    if tensor.dtype == torch.int8:
-        return tensor.cpu().numpy()
+    """A NumPy array of int32 or float32; what was learned must be finite, a constant such as a mask need not."""
     if tensor.is_floating_point():
         if tensor.dtype == torch.float64:
             raise UserError(f"{name!r} is float64 and the artifact holds float32: train or convert with model.float()")

@@ -225,7 +225,12 @@ def _product(artifact: _Artifact, product: Product, thresholds: np.ndarray, fill
     if product.kind == "bytes or sums":
         found, exact = _bytes_of_channels(artifact, product, codes, scale, c, 2**shift)
         common = _bytes(artifact, product, codes, scale, c)
-        alike = not exact and _are_alike(found["step"], product.common_ranges[artifact.row(layer)][2])
+        # Those that are packed lose their bytes (`export.onnx`): a scale for every channel leaves their bias exact.
+        alike = (
+            shift == fine_shift
+            and not exact
+            and _are_alike(found["step"], product.common_ranges[artifact.row(layer)][2])
+        )
         flags = {"in_bytes": np.asarray(all_in_bytes or exact), "alike": np.asarray(alike)}
         return _sums(codes, scale, c) | ((found | common) if alike else (common | found)) | flags
     sums = _sums(codes, scale, c)

@@ -72,13 +72,15 @@ class Executable:
         for value in inputs:
             if not isinstance(value, np.ndarray):
                 raise UserError(f"an input is a {type(value).__name__}: give NumPy arrays, of a tensor its .numpy()")
+        # ONNX Runtime reads the bytes of another machine's order as if they were its own.
+        native = [value.astype(value.dtype.newbyteorder("="), copy=False) for value in inputs]
         try:
-            return self._session.run(None, dict(zip(self._names, inputs, strict=True)))
+            return self._session.run(None, dict(zip(self._names, native, strict=True)))
         except _state().InvalidArgument as error:
             reason = " ".join(str(error).split("INVALID_ARGUMENT :")[-1].split())
             raise UserError(f"the inputs do not fit the network: {reason[:300]}") from error
-        except (_state().Fail, _state().RuntimeException, _state().NotImplemented) as error:
-            # Of a node, whose shapes it may only now compare, or which lacks memory.
+        except (RuntimeError, _state().Fail, _state().RuntimeException, _state().NotImplemented) as error:
+            # Of a node, whose shapes it may only now compare, or which lacks memory; or there is no such type of tensor.
             reason = " ".join(str(error).split())
             raise UserError(f"ONNX Runtime cannot run the network on these inputs: {reason[:500]}") from error
 

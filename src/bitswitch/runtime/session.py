@@ -87,7 +87,7 @@ class Session:
             UserError: there is no such width, layer or choice; nothing has changed.
         """
         with self._lock:
-            assignment = None if isinstance(wanted, (Mapping, str)) else self._uniform.get(wanted)
+            assignment = self._uniform.get(wanted) if isinstance(wanted, (int, np.integer)) else None
             if assignment is None:
                 assignment = self._source.assignment(wanted, self.assignment.to_json())
             self._current = self._ready(assignment)

@@ -16,7 +16,7 @@ from bitswitch.runtime.bindings import Bindings
 from bitswitch.runtime.constants import Arrays, may_saturate, values
 from bitswitch.runtime.executable import KEY, Executable, adds_exactly, fused_operations
 from bitswitch.runtime.packing import unpacked
-from bitswitch.runtime.protobuf import metadata
+from bitswitch.runtime.protobuf import external_tensors, metadata
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Source:
         tensors: by name.
         graph: ONNX without numbers.
         bindings: the numbers that it wants.
+        external: the names of the graph's constants whose values are not in it.
     """
 
     path: str
@@ -38,6 +39,7 @@ class Source:
     tensors: Mapping[str, np.ndarray]
     graph: bytes
     bindings: Bindings
+    external: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +83,7 @@ class Source:
             UserError: ONNX Runtime does not open the graph.
         """
         arrays = self.arrays(assignment)
-        with self._opening():
+        with self._opening(arrays):
             return Executable(self.graph, arrays, may_saturate=self.may_saturate(arrays, assignment), threads=threads)
 
     def operations(self, assignment: Mapping[str, int]) -> Counter[str]:
@@ -91,11 +93,15 @@ class Source:
             UserError: ONNX Runtime does not open the graph.
         """
         arrays = self.arrays(assignment)
-        with self._opening():
+        with self._opening(arrays):
             return fused_operations(self.graph, arrays, may_saturate=self.may_saturate(arrays, assignment))
 
     @contextmanager
-    def _opening(self) -> Iterator[None]:
+    def _opening(self, arrays: Arrays) -> Iterator[None]:
+        strange = sorted({*self.external} - {*arrays})
+        if strange:
+            # ONNX Runtime would look for its values in files of this machine.
+            raise UserError(f"{self.path} cannot be used: its graph wants {strange[0]!r}, which no artifact holds")
         try:
             yield
         except (UserError, MemoryError, ImportError):
@@ -125,9 +131,10 @@ def read(path: str | Path) -> Source:
         graph = unpacked(tensors.pop(GRAPH))
         bindings = Bindings.from_text(metadata(graph)[KEY])
         bindings.check(located.header, tensors)
+        external = external_tensors(graph)
     except (UserError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} cannot be used: its graph is damaged or of another version; where torch is, "
             f"`bitswitch export {path}` makes it anew"
         ) from error
-    return Source(str(path), widths, located.header, tensors, graph, bindings)
+    return Source(str(path), widths, located.header, tensors, graph, bindings, tuple(external))
