@@ -93,7 +93,8 @@ def do(job: str, places: accuracy.Places) -> None:
     traces = {name: layer["trace"] for name, layer in files.read_json(run / "sensitivity.json")["layers"].items()}
     found = _subnets(artifact, traces, split, seed, places, recalibrated=way == "recalibrated")
     epochs = 0 if way in UNTRAINED else EPOCHS
-    float_top1 = before["final"]["8"][split]["top1"] + before["final"]["8"][split]["drop"]
+    highest = before["final"][str(before["bits"][0])][split]
+    float_top1 = highest["top1"] + highest["drop"]
     result.write(
         path,
         title=f"SubNets: {way}, {epochs} epochs after {joint}",
@@ -164,10 +165,12 @@ def _subnets(
     }
     problems = {form: search.Problem(damage=table, costs=search.cost_tables(model)) for form, table in damage.items()}
     uniform = [Assignment(tuple((name, width) for name in layers)) for width in widths]
+    # At the highest width itself there is one SubNet to draw, all layers alike.
+    budgets = [budget for budget in BUDGETS if budget < widths[0]]
     chosen = {
-        (form, budget): problem.solve({"bits": budget}) for form, problem in problems.items() for budget in BUDGETS
+        (form, budget): problem.solve({"bits": budget}) for form, problem in problems.items() for budget in budgets
     }
-    drawn = {budget: random_subnets(tuple(layers), widths, budget, seed) for budget in BUDGETS}
+    drawn = {budget: random_subnets(tuple(layers), widths, budget, seed) for budget in budgets}
     asked = [*uniform, *(one.assignment for one in chosen.values()), *(one for some in drawn.values() for one in some)]
     top1 = dict(zip(asked, top1_of(model, data, split, asked, views), strict=True))
     rows: list[list[Any]] = [
@@ -175,7 +178,7 @@ def _subnets(
         for width, one in zip(widths, uniform, strict=True)
     ]
     ranks: dict[str, dict[str, float]] = {}
-    for budget in BUDGETS:
+    for budget in budgets:
         for form, problem in problems.items():
             choice = chosen[form, budget].assignment
             rows.append([budget, f"programme, damage {form}", mean_and_spread([top1[choice]]), digits(choice)])

@@ -37,7 +37,7 @@ def main() -> None:
             damage = search.damage_table(model, traces)
             start = time.perf_counter()
             problem = search.Problem(damage=damage, costs=costs)
-            found = search.frontier(problem, search.budgets_between(costs, budget, options.budgets))
+            found = search.frontier(problem, search.budgets_between(problem, budget, options.budgets))
             seconds.append(time.perf_counter() - start)
             sizes.append(len(found))
         rows.append([budget, options.budgets, statistics.median(sizes), statistics.median(seconds), max(seconds)])

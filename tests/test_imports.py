@@ -1,6 +1,7 @@
 """The house: who may import whom, and what loads without torch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,26 @@ def test_imports_run_downward_only(room, path):
 
 def test_every_room_has_its_place():
     assert {room for room, _ in modules()} <= set().union(*LEVELS) | set(BESIDE)
+
+
+def test_the_documented_imports_are_those_of_the_code():
+    text = (Path(__file__).parents[1] / "docs/architecture.md").read_text(encoding="utf-8")
+    table = re.search(r"\| room \| imports \|\n\|---\|---\|\n((?:\|.*\n)+)", text)[1]
+    told = {}
+    for row in table.splitlines():
+        rooms, imports = (set(re.findall(r"`(\w+)`", cell)) for cell in row.strip("|").split("|"))
+        told |= dict.fromkeys(rooms, imports)
+    found = {}
+    for room, path in modules():
+        found[room] = found.get(room, set()) | rooms_imported(path) - {
+            room,
+            "errors",
+            "files",
+            "version",
+            "__version__",
+        }
+    left_out = {"errors", "files", "version", "__main__", "recipes"}
+    assert told == {room: imports for room, imports in found.items() if room not in left_out}
 
 
 def test_there_are_no_cycles_between_modules():

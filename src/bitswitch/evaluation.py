@@ -1,6 +1,7 @@
 """Evaluation of an artifact, a run's checkpoint or anybody's float weights on any data."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,10 +269,12 @@ def assignments_named(
 def training_views(data: DataSet, count: int, device: torch.device) -> list[Tensor]:
     """Batches of `count` training images in all, augmented as training sees them, the same every time.
 
-    Shifts bring black borders into the statistics that the network was trained with; those of the bare images are others.
+    Where the data have fewer, they come again, augmented otherwise. Shifts bring black borders into the statistics that the
+    network was trained with; those of the bare images are others.
     """
     views: list[Tensor] = []
-    for images, _ in data.training_batches(batch_size=min(_BATCH, count), seed=0, device=device).epoch(0):
+    stream = data.training_batches(batch_size=min(_BATCH, count, data.size("train")), seed=0, device=device)
+    for images, _ in itertools.chain.from_iterable(map(stream.epoch, itertools.count())):
         views.append(images[: count - sum(map(len, views))])
         if sum(map(len, views)) == count:
             break

@@ -35,6 +35,7 @@ def test_by_name():
         ("torch:__version__", {}, "not a function"),
         ("cifar_resnet20", {"colour": 1}, "does not take"),
         ("cifar_resnet20", {"shortcut": "C"}, "shortcut"),
+        ("resnet18", {"weights": "IMAGENET1K_V9"}, "cannot be built .*IMAGENET1K_V9"),
         ("cifar_resnet20", {"num_classes": -1}, "cannot be built"),
         ("builtins:dict", {}, "gives a dict, not a torch.nn.Module"),
     ],

@@ -33,8 +33,9 @@ def test_networks_of_one_width_are_one_row_of_the_lists_that_hold_them_all():
     first, second = headline([*known, *both])
     assert "| LSQ, a network for each width, float weights kept | 247 | 88.50 (-1.50) |  | 86.00 (-4.00) |" in first
     assert second == headline(known)[1]
-    # Not all seeds of one of them: no row.
+    # Not all seeds of one of them, or other seeds: no row.
     assert headline([*known, *both[:-1]]) == headline(known)
+    assert headline([*known, *both[:-1], both[-1] | {"seeds": [3]}]) == headline(known)
 
 
 def test_what_has_no_label_no_test_or_not_all_seeds_is_left_out():

@@ -80,6 +80,15 @@ def test_an_infeasible_budget_names_what_can_be_met():
         simple(a=(0, 1, 2), b=(0, 1, 2)).solve({"average_bits": 1})
 
 
+def test_budgets_that_are_no_bounds():
+    problem = simple(a=(0, 1, 2), b=(0, 1, 2))
+    assert problem.solve({"average_bits": math.inf}) == problem.solve({}) == problem.solve({"average_bits": 8})
+    with pytest.raises(UserError, match="no assignment meets"):
+        problem.solve({"average_bits": -math.inf})
+    with pytest.raises(UserError, match="the budget of average_bits is not a number"):
+        problem.solve({"average_bits": math.nan})
+
+
 def test_frontier_is_pareto_and_each_choice_once():
     problem = simple(a=(0, 1, 4), b=(0, 10, 40), c=(0, 2, 9))
     choices = frontier(problem, [{"average_bits": b / 4} for b in range(8, 33)])
@@ -123,6 +132,14 @@ def test_overlapping_ties_join():
         ({"costs": {"latency": {}}}, "'latency' holds no layers"),
         ({"costs": {"latency": {"a": {8: 1.0, 4: 1.0}, "b": {}}}}, "layer 'b' of another network"),
         ({"tied": [["a", "z"]]}, "no layer is named 'z'"),
+        (
+            {
+                "damage": {"a": {8: 0.0}, "b": {4: 0.0}},
+                "costs": {"bits": {"a": {8: 8}, "b": {4: 4}}},
+                "tied": [["a", "b"]],
+            },
+            "a, b have no width in common",
+        ),
     ],
 )
 def test_bad_tables(change, words):

@@ -34,3 +34,11 @@ def test_images_are_seen_as_training_sees_them():
     again = next(data.training_batches(batch_size=256, seed=0, device=torch.device("cpu")).epoch(0))[0]
     assert torch.equal(first, again) and not torch.equal(first[:100], data.sample(100))
     assert [len(x) for x in training_views(data, 20, torch.device("cpu"))] == [20]
+
+
+def test_more_images_than_there_are_come_again_augmented_otherwise():
+    data = load_data("digits", val_fraction=0.9)
+    assert data.size("train") < 256
+    views = torch.cat(training_views(data, 600, torch.device("cpu")))
+    assert len(views) == 600
+    assert len(views.flatten(1).unique(dim=0)) > 1.5 * data.size("train")

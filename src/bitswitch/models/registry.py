@@ -46,7 +46,7 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
         raise UserError(f"network {name!r} does not take the arguments {args}: {error}") from error
     except UserError:
         raise
-    except (ValueError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
+    except (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"network {name!r} cannot be built with the arguments {args}: {reason}") from error
     hint = nearest(name, _OWN + torchvision.models.list_models())

@@ -48,7 +48,8 @@ def headline(results: Sequence[_Result]) -> list[str]:
         ways = {
             label: variants
             for label, variants in ways.items()
-            if all(len(some) == len(levels) >= _SEEDS for some in variants)
+            if len(levels) >= _SEEDS
+            and all(sorted(run["seeds"][0] for run in some) == sorted(levels) for some in variants)
         }
         if _SELF not in ways:
             continue

@@ -3,6 +3,7 @@
 Tables in, choices out: nothing here knows of a network. A table is {layer: {width: number}}.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,9 @@ class Problem:
         for layer in (layer for group in self.tied for layer in group):
             if layer not in self.damage:
                 raise UserError(f"tied layers: no layer is named {layer!r}{nearest(layer, self.damage)}")
+        for group in self.groups():
+            if not set.intersection(*(set(self.damage[layer]) for layer in group)):
+                raise UserError(f"tied layers: {', '.join(group)} have no width in common")
 
     def choice(self, widths: Mapping[str, int]) -> Choice:
         """The choice of these widths, with its costs and its damage."""
@@ -88,6 +92,10 @@ class Problem:
                 raise UserError(
                     f"no cost is named {name!r}{nearest(name, self.costs)}; there are {', '.join(self.costs)}"
                 )
+            if math.isnan(budgets[name]):
+                raise UserError(f"the budget of {name} is not a number")
+        # Whatever a choice costs, it is within.
+        budgets = {name: budget for name, budget in budgets.items() if budget != math.inf}
         groups = self.groups()
         options = [
             (group, width)
