@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import bitswitch as bs
 from bitswitch import artifact
@@ -562,3 +563,104 @@ def test_advice_names_the_recipe_as_it_was_typed(capsys, tmp_path):
     recipe.write_text("extends: digits\n")
     out = tmp_path / "x"
     one_line(call(capsys, "train", recipe, "--out", out), f"bitswitch pretrain {recipe} --out {out} does it")
+
+
+@pytest.fixture
+def own_network(tmp_path, monkeypatch):
+    """A function that writes a module with a function `net` and gives the words for it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "networks_of_a_test", raising=False)
+
+    def write(code):
+        (tmp_path / "networks_of_a_test.py").write_text(code)
+        return ["model.name=networks_of_a_test:net", "model.args={}"]
+
+    return write
+
+
+BODY = """
+import random
+import numpy
+import torch
+from torch import nn
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.a(x.flatten(1)).relu()
+        return self.d(self.c(self.b(x).relu()).relu())
+
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def forward(self, x): return {'out': super().forward(x)}", ["gives a dict in eval mode", "tensor of logits"]),
+        (
+            "def forward(self, x):\n        y = super().forward(x)\n        return (y, y) if self.training else y",
+            ["gives a tuple in training", "aux_logits=false"],
+        ),
+        ("def forward(self, x): return self.d(None)", ["cannot take images of [1, 8, 8] in eval mode: TypeError"]),
+        ("def forward(self, x): raise KeyError", ["cannot take images of [1, 8, 8] in eval mode: KeyError"]),
+        (
+            "def get_extra_state(self): return {'a': 1}\n    def set_extra_state(self, x): pass",
+            ["_extra_state", "a dict"],
+        ),
+        (
+            "def __init__(self):\n        super().__init__()\n        self.c = nn.LazyLinear(8)",
+            ["has lazy modules", "give them their sizes"],
+        ),
+    ],
+    ids=["dict", "tuple", "type", "key", "extra state", "lazy"],
+)
+def test_networks_that_cannot_be_trained_are_refused_before_anything(capsys, tmp_path, own_network, code, words):
+    named = own_network(f"{BODY}class Own(Body):\n    {code}\n\n\ndef net(): return Own()\n")
+    one_line(call(capsys, "run", "digits", *SHORT, *named, "--out", tmp_path / "x"), "networks_of_a_test:net", *words)
+    assert not (tmp_path / "x" / "checkpoints").exists()
+
+
+def test_a_network_that_draws_from_other_generators_is_repeated(capsys, tmp_path, own_network):
+    drawn = "random.random() * numpy.random.rand()"
+    own = f"class Own(Body):\n    def forward(self, x):\n        return super().forward(x) * {drawn}\n"
+    named = own_network(f"{BODY}{own}\n\ndef net(): return Own()\n")
+    rows = []
+    for out in ("a", "b"):
+        assert call(capsys, "pretrain", "digits", *SHORT, *named, "--out", tmp_path / out)[0] == 0
+        rows.append((tmp_path / out / "metrics.jsonl").read_text())
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("train.eta=-1", "eta"),
+        ("train.eta={8: 1, 6: 1, 4: 1, 2: -1}", "eta"),
+        ("train.micro_batches=3", "train.micro_batches=3: a rank's batch of 64 images cannot be divided"),
+        ("train.distillation.temperature=3", "set teacher, too"),
+        ("train.distillation={weight: 1}", "set teacher, too"),
+        ("data.cache=~nobody-of-that-name/x", "no such user's home"),
+    ],
+)
+def test_values_that_only_a_later_stage_reads_are_refused_before_anything(capsys, tmp_path, word, told):
+    images = tmp_path / "images"
+    where = []
+    if word.startswith("data"):
+        for split in ("train", "test"):
+            (images / split / "a").mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(images / split / "a" / "1.png")
+        where = [f"data={{name: image_folder, root: {images}}}"]
+    one_line(call(capsys, "run", "digits", *SHORT, *where, "train.batch_size=64", word, "--out", tmp_path / "x"), told)
+    assert not (tmp_path / "x").exists() or not list((tmp_path / "x").glob("checkpoints/*"))
+
+
+def test_what_to_do_about_a_stage_made_otherwise_keeps_the_others(capsys, copied):
+    result = call(capsys, "run", "digits", *SHORT, "train.lr=1e-5", "--out", copied)
+    one_line(
+        result, "holds a train stage made otherwise (train.lr was", f"bitswitch train digits --out {copied} --fresh"
+    )

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from bitswitch.data import load_data
 from bitswitch.errors import UserError
 from bitswitch.machine import machine
 from bitswitch.nn import TransitionalBatchNorm, plan_of
+from bitswitch.rundir import RunDirectory
 from bitswitch.runtime import Session
 from bitswitch.runtime.packing import unpacked
 from commands import call, one_line, run_digits
@@ -435,3 +437,46 @@ def test_batches_that_count_alike_in_a_trace_are_alike(capsys, copied, monkeypat
     monkeypatch.setattr("bitswitch.pipeline.subnets.room.hessian_trace", seen)
     words = ["sensitivity", "digits", *SHORT[:3], f"sensitivity.images={images}", "--out", copied, "--fresh"]
     one_line(call(capsys, *words), "enough")
+
+
+def test_tied_layers_that_there_are_not_are_refused_before_anything(capsys, tmp_path):
+    words = ["run", "digits", *SHORT, "search.tied=[[stage1.0.conv, stage1.0.conv1]]", "--out", tmp_path / "x"]
+    one_line(call(capsys, *words), "search.tied: no layer that is quantized is named 'stage1.0.conv'", "did you mean")
+    assert not (tmp_path / "x" / "checkpoints").exists()
+
+
+def test_layers_that_share_a_weight_have_a_trace_each(capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "tied_network.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    layers = [nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 10)]\n"
+        "    layers[4].weight = layers[2].weight\n"
+        "    return nn.Sequential(nn.Flatten(), *layers)\n"
+    )
+    named = ["model.name=tied_network:net", "model.args={}"]
+    status, _, err = call(capsys, "run", "digits", *SHORT, *named, "--out", tmp_path / "x")
+    assert status == 0, err
+    layers = json.loads((tmp_path / "x" / "sensitivity.json").read_text())["layers"]
+    assert layers["3"]["weights"] == layers["5"]["weights"] == 64
+
+
+def test_mixtures_have_places_of_their_own_in_tensorboard(done, tmp_path, monkeypatch):
+    written = []
+
+    class Writer:
+        def __init__(self, folder): ...
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+        def add_scalar(self, *what):
+            written.append(what[0])
+
+    monkeypatch.setattr("bitswitch.rundir.require", lambda *_: None)
+    monkeypatch.setattr("importlib.import_module", lambda _: types.SimpleNamespace(SummaryWriter=Writer))
+    rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["stage"] == "supernet" and row["epoch"] == 0]
+    RunDirectory(tmp_path).add_metrics(rows, tensorboard=True)
+    assert len(set(written)) == len(written)
+    assert {"supernet/8/top1", "supernet/mixture 0/top1", "supernet/mixture 3/top1"} <= set(written)

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bitswitch import codes, files
 from bitswitch.errors import UserError, nearest
+
+_Factor = Annotated[float, Field(ge=0)]
 
 
 class _Part(BaseModel):
@@ -67,6 +69,12 @@ class DistillationPart(_Part):
     temperature: float = Field(1.0, gt=0)
     weight: float = Field(0.5, ge=0, le=1)
 
+    @model_validator(mode="after")
+    def _used(self) -> "DistillationPart":
+        if self.teacher == "none" and (self.temperature, self.weight) != (1.0, 0.5):
+            raise ValueError("a temperature and a weight are a teacher's: set teacher, too, float or highest")
+        return self
+
 
 class QuantizedPart(EnginePart):
     """What joint and SuperNet training share: two Adams, cosine schedule, ALRS, distillation."""
@@ -79,7 +87,7 @@ class QuantizedPart(EnginePart):
     weight_decay: float = Field(5e-5, ge=0, le=1e30)
     order: Literal["each", "accumulate"] = "each"
     alrs: Literal["relative", "printed", "off"] = "relative"
-    eta: Literal["paper"] | float | dict[int, float] = 1.0
+    eta: Literal["paper"] | _Factor | dict[int, _Factor] = 1.0
     clip: float = Field(1.0, gt=0)
 
     @field_validator("alrs", mode="before")

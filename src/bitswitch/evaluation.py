@@ -273,7 +273,7 @@ def training_views(data: DataSet, count: int, device: torch.device) -> list[Tens
     network was trained with; those of the bare images are others.
     """
     views: list[Tensor] = []
-    stream = data.training_batches(batch_size=min(_BATCH, count, data.size("train")), seed=0, device=device)
+    stream = data.training_batches(batch_size=min(_BATCH, count), seed=0, device=device)
     for images, _ in itertools.chain.from_iterable(map(stream.epoch, itertools.count())):
         views.append(images[: count - sum(map(len, views))])
         if sum(map(len, views)) == count:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -164,8 +165,10 @@ class RunDirectory:
             require("tensorboard", "tensorboard")
             writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(self.path / "tensorboard"))
             with writer:
+                mixtures = itertools.count()
                 for row in rows:
-                    place = f"{row['stage']}/{row['bits'] or 'float'}"
+                    of = f"mixture {next(mixtures)}" if row.get("assignment") else row["bits"] or "float"
+                    place = f"{row['stage']}/{of}"
                     for key in ("train_loss", "loss", "top1"):
                         if key in row:
                             writer.add_scalar(f"{place}/{key}", row[key], row["epoch"])

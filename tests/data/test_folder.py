@@ -99,6 +99,27 @@ def test_layouts_that_cannot_be_used(make_folder, tmp_path):
         load_data(str(root), root)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_of_sixteen_bits_the_upper_eight_are_taken(make_folder, suffix):
+    root = make_folder()
+    values = np.random.default_rng(0).integers(0, 2**16, (8, 8)).astype(np.uint16)
+    odd = next((root / "test").rglob("*.png"))
+    odd.unlink()
+    Image.fromarray(values).save(odd.with_suffix(suffix))
+    wanted = np.broadcast_to((values >> 8).astype(np.uint8), (3, 8, 8)).tobytes()
+    assert wanted in {x for x, _ in content(load_data(str(root)), "test")}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_known_range_are_refused(make_folder, dtype):
+    root = make_folder()
+    odd = next((root / "train").rglob("*.png"))
+    odd.unlink()
+    Image.fromarray(np.ones((8, 8), dtype)).save(odd.with_suffix(".tif"))
+    with pytest.raises(UserError, match=r"\.tif cannot be read: its pixels are (floats|integers of 32 bits): convert"):
+        load_data(str(root))
+
+
 @pytest.mark.parametrize(("mode", "suffix"), [("L", ".jpg"), ("CMYK", ".jpg"), ("P", ".png"), ("RGBA", ".png")])
 def test_other_colours_become_rgb(make_folder, save_image, mode, suffix):
     root = make_folder(train=2, test=2)

@@ -558,3 +558,10 @@ def test_a_graph_is_not_added_to_what_is_not_the_users(tmp_path, monkeypatch, im
     with pytest.raises(UserError, match="no file of this machine's to write to"):
         add_graph(path, images)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_whose_layer_runs_another_forward_is_another(tmp_path, quantized, network, images):
+    bs.save(quantized, tmp_path / "a")
+    network.conv2.forward = lambda x: x
+    with pytest.raises(UserError, match="another network than the one quantized: of 'conv2', its forward was replaced"):
+        bs.load(tmp_path / "a", model=network)

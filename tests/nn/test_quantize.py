@@ -1,4 +1,6 @@
 import copy
+import functools
+import types
 import warnings
 
 import pytest
@@ -383,6 +385,11 @@ class Up(Net):
         return self.middle(x.unsqueeze(-1)).squeeze(-1)
 
 
+class Volume(Net):
+    def between(self, x):
+        return self.middle(x.view(-1, 1, 2, 2, 2)).flatten(1)
+
+
 class Recurrent(Net):
     def between(self, x):
         return self.middle(x)[0]
@@ -410,6 +417,42 @@ class OwnLinear(nn.Linear):
     pass
 
 
+def with_other_forward(module, wrap):
+    module.forward = wrap(module)
+    return module
+
+
+def written_over(module):
+    return types.MethodType(lambda self, x: F.linear(x, self.weight, self.bias), module)
+
+
+def wrapped(module):
+    """As libraries that move modules between devices do."""
+    return functools.partial(lambda module, *inputs: type(module).forward(module, *inputs), module)
+
+
+class Normalized(nn.Module):
+    """A batch normalization of the user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(8))
+        self.register_buffer("running_var", torch.ones(8))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+
+
+class Upright(Net):
+    def between(self, x):
+        return self.middle(torch.stack([x, x.roll(1, -1), x**2], -1))[..., 0]
+
+
+class SelfAttention(Net):
+    def between(self, x):
+        return self.middle(x, x, x)[0]
+
+
 STAYS_FLOAT = {
     "functional": (lambda: Functional(middle=nn.Linear(8, 8)), "read by a functional call"),
     "transposed": (lambda: Transposed(middle=nn.Linear(8, 8)), "read by a functional call"),
@@ -422,6 +465,21 @@ STAYS_FLOAT = {
     "kdim": (lambda: Attention(middle=nn.MultiheadAttention(8, 2, kdim=4, vdim=4)), "kdim"),
     "add_bias_kv": (lambda: Attention(middle=nn.MultiheadAttention(8, 2, add_bias_kv=True)), "add_bias_kv"),
     "add_zero_attn": (lambda: Attention(middle=nn.MultiheadAttention(8, 2, add_zero_attn=True)), "add_zero_attn"),
+    "other forward": (
+        lambda: Module(middle=with_other_forward(nn.Linear(8, 8), written_over)),
+        "forward was replaced",
+    ),
+    "wrapped forward": (lambda: Module(middle=with_other_forward(nn.Linear(8, 8), wrapped)), "forward was replaced"),
+    "wrapped attention": (
+        lambda: SelfAttention(middle=with_other_forward(nn.MultiheadAttention(8, 2), wrapped)),
+        "forward was replaced",
+    ),
+    "statistics of instances": (
+        lambda: Upright(middle=nn.InstanceNorm1d(8, track_running_stats=True)),
+        "running statistics are shared by all widths",
+    ),
+    "statistics of its own": (lambda: Module(middle=Normalized()), "running statistics are shared by all widths"),
+    "three dimensions": (lambda: Volume(middle=nn.Conv3d(1, 1, 1)), "Conv3d cannot be swapped"),
     "bare parameter": (lambda: Product(middle=nn.Parameter(torch.randn(8, 8))), "outside any layer"),
     "bare parameter, @": (lambda: Matmul(middle=nn.Parameter(torch.randn(8, 8))), "outside any layer"),
 }
@@ -436,6 +494,8 @@ def test_what_stays_float_is_named_and_still_works(case):
         quantized = bs.quantize(model, example_inputs=x, bits=(8, 2))
     assert len(caught) == 1
     assert caught[0].filename == __file__
+    # Its weight is not told of beside it.
+    assert str(caught[0].message).count("middle") == 1
     assert len(bs.widths(quantized)) >= 2
     assert not any(name.startswith("middle") for name in bs.widths(quantized))
     for width in (8, 2):
@@ -445,6 +505,44 @@ def test_what_stays_float_is_named_and_still_works(case):
     assert moved_by_switching(quantized, x)
     if isinstance(model, Net) and isinstance(model.middle, nn.Module):  # what the user asks for himself is not news
         quiet(model, x, keep=["middle"])
+
+
+def test_attention_keeps_its_hooks_and_attributes():
+    torch.manual_seed(0)
+    model, x = SelfAttention(middle=nn.MultiheadAttention(8, 2)), data(9, 8)
+    model.middle.register_forward_hook(lambda module, inputs, output: (output[0] * 0, output[1]))
+    model.middle.tag = "mine"
+    quantized = quiet(model, x)
+    assert quantized.middle.tag == "mine"
+    assert "middle.in_proj" in bs.widths(quantized)
+    assert torch.equal(quantized(x), quantized.end(quantized.late(torch.zeros(9, 8))))
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.mid, self.last = nn.Conv1d(2, 4, 3), nn.Conv1d(4, 4, 3), nn.Linear(4, 3)
+        self.image, self.norm, self.flat = nn.Conv2d(1, 1, 1), nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.norm(input=self.mid(input=self.first(x).relu()))
+        x = self.image(input=x.unsqueeze(1)).squeeze(1)
+        return self.last(self.flat(input=x.mean(-1)))
+
+
+def test_layers_are_called_with_the_names_of_torch():
+    quantized = quiet(ByName(), data(9, 2, 8))
+    assert list(bs.widths(quantized)) == ["mid", "image", "flat"] and isinstance(quantized.norm, SwitchableBatchNorm)
+    assert moved_by_switching(quantized, data(9, 2, 8))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_network_that_cannot_be_copied_is_told_in_a_line():
+    model = chain()
+    torch.nn.utils.weight_norm(model[2])
+    model(data(9, 8))
+    with pytest.raises(UserError, match=r"cannot be copied .*torch\.nn\.utils\.parametrizations"):
+        bs.quantize(model, example_inputs=data(9, 8))
 
 
 def test_a_tied_head_is_the_last_layer():

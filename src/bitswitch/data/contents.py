@@ -18,7 +18,7 @@ from bitswitch.data.folder import Listing
 _MOST_BYTES_IN_MEMORY = 512 * 2**20
 # Files that are more than this together are hashed again only where their size or times have changed.
 _MOST_BYTES_HASHED_EVERY_TIME = 2**30
-_FORMAT = 1
+_FORMAT = 2
 
 Result = TypeVar("Result")
 Failures = dict[int, str]

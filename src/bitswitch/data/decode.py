@@ -24,12 +24,12 @@ class UnreadableImage(UserError):
 
 
 def read_image(path: str) -> Tensor:
-    """A file as uint8 [3, H, W]; grey, palette and CMYK images become RGB.
+    """A file as uint8 [3, H, W]; grey, palette and CMYK images become RGB, of 16 bits the upper 8 are taken.
 
     Raises:
-        UnreadableImage: it cannot be decoded.
+        UnreadableImage: it cannot be decoded, or holds floats or integers of 32 bits, whose range nothing tells.
     """
-    return _opened(path, lambda image: torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+    return _opened(path, lambda image: torch.from_numpy(np.array(_in_bytes(image).convert("RGB"))).permute(2, 0, 1))
 
 
 def read_size(path: str) -> tuple[int, int]:
@@ -51,8 +51,21 @@ def check_image(path: str) -> None:
     def load(image: Image.Image) -> None:
         image.draft("RGB", (1, 1))
         image.load()
+        _in_bytes(image)
 
     _opened(path, load)
+
+
+def _in_bytes(image: Image.Image) -> Image.Image:
+    """The image in a mode of 8 bits; Pillow would clip what is wider at 255."""
+    # Pillow decodes 16-bit PGM, and older versions 16-bit PNG, as integers of 32 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
+        return Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are {'floats' if image.mode == 'F' else 'integers of 32 bits'}: convert it to 8 bits"
+        )
+    return image
 
 
 def _opened(path: str, use: Callable[[Image.Image], Result]) -> Result:

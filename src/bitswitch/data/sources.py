@@ -77,7 +77,10 @@ def load_data(
         raise UserError(f"data.root={root}: there is no such user's home") from error
     if kind in _CIFAR and not (place / "train").is_dir():
         return _cifar_of_torchvision(name, place, val_fraction, download)
-    kept = Cache(Path(cache).expanduser() if cache is not None else default_folder())
+    try:
+        kept = Cache(Path(cache).expanduser() if cache is not None else default_folder())
+    except RuntimeError as error:
+        raise UserError(f"data.cache={cache}: there is no such user's home") from error
     folder = ImageFolder(
         name=name,
         contents=Contents(list_images(place), kept, workers),

@@ -177,25 +177,25 @@ class QuantizedLayer(nn.Module):
 class Conv1d(QuantizedLayer, nn.Conv1d):
     """A quantized nn.Conv1d."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[N, C, L] -> [N, C', L'], float."""
-        return self._conv_forward(*self._quantized(x))
+        return self._conv_forward(*self._quantized(input))
 
 
 class Conv2d(QuantizedLayer, nn.Conv2d):
     """A quantized nn.Conv2d."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C', H', W'], float."""
-        return self._conv_forward(*self._quantized(x))
+        return self._conv_forward(*self._quantized(input))
 
 
 class Linear(QuantizedLayer, nn.Linear):
     """A quantized nn.Linear."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., out], float."""
-        return F.linear(*self._quantized(x))
+        return F.linear(*self._quantized(input))
 
 
 class MultiheadAttention(nn.Module):
@@ -211,6 +211,9 @@ class MultiheadAttention(nn.Module):
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
+        # What users gave it, such as hooks, goes along.
+        own = ("_parameters", "_modules", "_qkv_same_embed_dim")
+        self.__dict__.update({name: value for name, value in attention.__dict__.items() if name not in own})
         self.embed_dim = attention.embed_dim
         self.num_heads = attention.num_heads
         self.head_dim = attention.head_dim

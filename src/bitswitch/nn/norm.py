@@ -41,9 +41,9 @@ class SwitchableBatchNorm(nn.Module):
     def _keys(self) -> Iterable[str]:
         return map(str, self.follows.widths)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Normalize at the width in use; the other variants' statistics and parameters are not touched."""
-        return self.variants[self.key](x)
+        return self.variants[self.key](input)
 
 
 class TransitionalBatchNorm(SwitchableBatchNorm):

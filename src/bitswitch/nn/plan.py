@@ -49,19 +49,29 @@ class Plan:
         return cls(**dict(value) | {"widths": tuple(value["widths"])})
 
 
-def replace_attention(model: nn.Module) -> list[str]:
+OTHER_FORWARD = "its forward was replaced by another"
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own instead of its class's, which would pass a swapped layer by."""
+    return "forward" in module.__dict__
+
+
+def replace_attention(model: nn.Module) -> dict[str, str]:
     """Replace every nn.MultiheadAttention that can be replaced, in place; keep encoder layers off their fused path.
 
     Returns:
-        The names of those that cannot be replaced.
+        {name of one that cannot be replaced: why}.
     """
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     for name, module in list(model.named_modules()):
         if type(module) is nn.MultiheadAttention:
-            if MultiheadAttention.supports(module):
+            if has_other_forward(module):
+                refused[name] = OTHER_FORWARD
+            elif MultiheadAttention.supports(module):
                 become(module, MultiheadAttention(module))
             else:
-                refused.append(name)
+                refused[name] = "attention with kdim, vdim, add_bias_kv or add_zero_attn"
         if isinstance(module, nn.TransformerEncoderLayer):
             # In eval the fused path reads linear1.weight and linear2.weight itself; this flag is its condition alone.
             module.activation_relu_or_gelu = 0
@@ -148,6 +158,8 @@ def plan_of(model: nn.Module) -> Plan:
 def _quantized(name: str, module: nn.Module, kind: InputKind, plan: Plan) -> QuantizedLayer:
     if type(module) not in QUANTIZED:
         raise UserError(f"this is another network than the one quantized: {name!r} is a {type(module).__name__}")
+    if has_other_forward(module):
+        raise UserError(f"this is another network than the one quantized: of {name!r}, {OTHER_FORWARD}")
     weight: Any = module.weight
     shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if plan.per_channel else ()
     options: dict[str, Any] = {"form": plan.scale_form, "lsq_factor": plan.lsq_factor}

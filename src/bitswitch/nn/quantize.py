@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, get_args
 
@@ -14,7 +14,7 @@ from bitswitch.codes import check_widths
 from bitswitch.errors import UserError, nearest
 from bitswitch.nn.layers import QUANTIZED, QuantizedLayer
 from bitswitch.nn.norm import BATCH_NORMS
-from bitswitch.nn.plan import Plan, apply, replace_attention
+from bitswitch.nn.plan import OTHER_FORWARD, Plan, apply, has_other_forward, replace_attention
 from bitswitch.nn.quantizers import InputKind, Method, ScaleForm, input_range
 from bitswitch.nn.trace import Trace, trace
 from bitswitch.numerics import start_activation_scales
@@ -83,10 +83,17 @@ def quantize(
         raise UserError(
             f"this {type(model).__name__} has lazy modules without shapes yet: run it once, then quantize it"
         )
-    copied = copy.deepcopy(model)
+    try:
+        copied = copy.deepcopy(model)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"this {type(model).__name__} cannot be copied ({reason[:200]}): tensors with a history are no parameters; of "
+            "weight_norm and spectral_norm, use those in torch.nn.utils.parametrizations"
+        ) from error
     refused = replace_attention(copied)
     named = dict(copied.named_modules())
-    candidates = {name: m for name, m in named.items() if type(m) in QUANTIZED and _has_own_weight(m)}
+    candidates = {name: m for name, m in named.items() if _can_be_swapped(m)}
     kept = _matching(keep, named)
     seen = trace(copied, inputs, candidates)
     running = [name for name in seen.order if name not in seen.read_elsewhere]
@@ -117,9 +124,10 @@ def quantize(
     return quantized
 
 
-def _has_own_weight(module: nn.Module) -> bool:
-    """False where a hook or a parametrization computes the weight: it would pass the swapped layer by."""
-    return isinstance(module._parameters.get("weight"), nn.Parameter)
+def _can_be_swapped(module: nn.Module) -> bool:
+    """Not where a hook or a parametrization computes the weight, or another forward reads it: they would pass the swap by."""
+    own_weight = isinstance(module._parameters.get("weight"), nn.Parameter)
+    return type(module) in QUANTIZED and own_weight and not has_other_forward(module)
 
 
 def _matching(patterns: Sequence[str], named: Mapping[str, nn.Module]) -> set[str]:
@@ -189,28 +197,32 @@ def _start(name: str, layer: QuantizedLayer, scales: Tensor, offsets: Tensor | N
 
 
 def _warn_of_the_rest(
-    named: Mapping[str, nn.Module], chosen: Sequence[str], meant: set[str], seen: Trace, refused: Sequence[str]
+    named: Mapping[str, nn.Module], chosen: Sequence[str], meant: set[str], seen: Trace, refused: Mapping[str, str]
 ) -> None:
     """One warning that names every layer that stays float without the user having asked for it."""
-    reasons: dict[str, str] = {}
-    for name in refused:
-        reasons[name] = "attention with kdim, vdim, add_bias_kv or add_zero_attn"
+    reasons = dict(refused)
     for name, module in named.items():
         if not isinstance(module, _NOT_SWAPPED) or name in chosen or name in meant or _inside(name, refused):
             continue
         if name in seen.read_elsewhere:
             reasons[name] = "its weight is read by a functional call"
-        elif type(module) in QUANTIZED and _has_own_weight(module):
+        elif _can_be_swapped(module):
             reasons[name] = "it did not run on the example inputs"
+        elif has_other_forward(module):
+            reasons[name] = OTHER_FORWARD
         else:
             reasons[name] = f"a {type(module).__name__} cannot be swapped"
+    for name, module in named.items():
+        if module._buffers.get("running_mean") is not None and not isinstance(module, BATCH_NORMS):
+            reasons[name] = "its running statistics are shared by all widths"
     for name in seen.bare_products:
-        reasons.setdefault(name, "a parameter used in a product outside any layer")
+        if not _inside(name, reasons):
+            reasons[name] = "a parameter used in a product outside any layer"
     reasons = {name: reason for name, reason in reasons.items() if not _inside(name, meant)}
     if reasons:
         listed = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
         warnings.warn(f"stays float: {listed}. Name it in keep= to silence this", stacklevel=3)
 
 
-def _inside(name: str, parents: Sequence[str] | set[str]) -> bool:
+def _inside(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") for parent in parents)

@@ -1,5 +1,6 @@
 """Which stages are done, which can be taken up, and doing them in order."""
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -9,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bitswitch import files
 from bitswitch.config import Recipe, to_yaml
 from bitswitch.data import DataSet
-from bitswitch.errors import UserError
+from bitswitch.errors import UserError, nearest
 from bitswitch.models import build, load_weights
+from bitswitch.nn import quantized_layers
 from bitswitch.pipeline import subnets, training
 from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, about, build_network, open_data, quantized
 from bitswitch.rundir import RunDirectory, changes
 from bitswitch.training.distributed import barrier, from_first
+from bitswitch.training.loop import seed_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +142,7 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
                 "overrides"
             )
     if not _is_done(run, records.get("pretrain")):
-        _check_network(run, data, quantizable="train" in stages)
+        _check_network(run, data, stages)
     if "search" in stages:
         subnets.check(run, data)
     run.directory.write_records(records)
@@ -150,6 +154,13 @@ def _check_parts(run: Run, stages: Sequence[str]) -> None:
         if getattr(run.recipe, _STAGES[stage].part) is None:
             raise UserError(
                 f"recipe {run.name} has no part supernet: give it one, or say bitswitch {stage} {run.typed} supernet.epochs=N"
+            )
+        part = getattr(run.recipe, _STAGES[stage].part)
+        rank_batch = getattr(part, "batch_size", 1) // run.world.size
+        if rank_batch % getattr(part, "micro_batches", 1):
+            raise UserError(
+                f"{stage}.micro_batches={part.micro_batches}: a rank's batch of {rank_batch} images cannot be divided into so "
+                "many equal parts"
             )
         if stage in ("supernet", "search") and run.recipe.train.method != "double_rounding":
             raise UserError(f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet")
@@ -164,25 +175,43 @@ def _needed(stages: Sequence[str]) -> list[str]:
     return [name for name in STAGES if name in wanted]
 
 
-def _check_network(run: Run, data: DataSet, *, quantizable: bool) -> None:
+def _check_network(run: Run, data: DataSet, stages: Sequence[str]) -> None:
     """Refuse a network that does not fit the data, or cannot be quantized, before hours are spent on it."""
+    name = run.recipe.model.name
     network, images = build_network(run.recipe, data).eval(), data.sample(2)
+    if any(is_lazy(parameter) for parameter in network.parameters()):
+        raise UserError(f"{name} has lazy modules, whose checkpoints cannot be read again: give them their sizes")
+    for key, value in network.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"{name} has {key!r}, a {type(value).__name__}, in its state: a checkpoint holds tensors alone"
+            )
     if run.recipe.pretrain.checkpoint:
         load_weights(network, run.recipe.pretrain.checkpoint)
-    try:
-        with torch.no_grad():
-            logits = network(images)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{run.recipe.model.name} cannot take images of {list(images.shape[1:])}: {reason}") from error
-    if logits.dim() != 2 or logits.shape[1] != len(data.classes):
-        raise UserError(
-            f"{run.recipe.model.name} gives {list(logits.shape[1:])} outputs for an image, {data.name} has "
-            f"{len(data.classes)} classes: set the number of classes in model.args"
-        )
+    for kind, tried in (("in eval mode", network), ("in training", build(**about(run, data)["network"]))):
+        try:
+            with torch.no_grad():
+                logits = tried(images)
+        except Exception as error:
+            # Whatever the user's module does.
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"{name} cannot take images of {list(images.shape[1:])} {kind}: {reason}") from error
+        if not isinstance(logits, Tensor):
+            raise UserError(
+                f"{name} gives a {type(logits).__name__} {kind}, and a tensor of logits, [images, classes], is needed: turn "
+                "off what else it gives in model.args (aux_logits=false), or name a function of your own that wraps it"
+            )
+        if logits.dim() != 2 or logits.shape[1] != len(data.classes):
+            raise UserError(
+                f"{name} gives {list(logits.shape[1:])} outputs for an image, {data.name} has {len(data.classes)} classes: "
+                "set the number of classes in model.args"
+            )
     _check_weights(run, data, network, images)
-    if quantizable:
-        quantized(run, data, network, images=2)
+    if "train" in stages:
+        layers = quantized_layers(quantized(run, data, network, images=2))
+        for layer in itertools.chain.from_iterable(run.recipe.search.tied if "search" in stages else ()):
+            if layer not in layers:
+                raise UserError(f"search.tied: no layer that is quantized is named {layer!r}{nearest(layer, layers)}")
 
 
 @torch.no_grad()
@@ -240,8 +269,8 @@ def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any])
         found.append("the data are others")
     if found:
         raise UserError(
-            f"{run.directory.path} holds a {stage} stage made otherwise ({'; '.join(found)}): "
-            f"do it again with --fresh, or use another --out"
+            f"{run.directory.path} holds a {stage} stage made otherwise ({'; '.join(found)}): do it again with "
+            f"bitswitch {stage} {run.typed} --out {run.directory.path} --fresh, or use another --out"
         )
 
 
@@ -256,7 +285,7 @@ def _do(run: Run, data: DataSet, stage: str) -> None:
     begun = _begin(run, data, stage) if run.world.first else None
     if not from_first(begun is not None, run.world):
         return
-    torch.manual_seed(run.recipe.seed)
+    seed_all(run.recipe.seed)
     try:
         result, outputs = _STAGES[stage].work(run, data)
     except ValueError as error:

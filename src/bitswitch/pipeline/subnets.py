@@ -82,7 +82,7 @@ def sensitivity(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
             ranks=run.world.size,
             progress=tell,
         )
-    weights = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    weights = {name: weight.numel() for name, weight in model.named_parameters(remove_duplicate=False)}
     document = {
         "metric": "hessian",
         "loss": "cross-entropy",

@@ -1,6 +1,7 @@
 """The loop that float, joint and SuperNet training share."""
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,13 @@ def cosine(step: int, steps: int) -> float:
     (1.0, 0.5)
     """
     return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def seed_all(seed: int) -> None:
+    """Seed the random numbers that a network may draw from: torch's, NumPy's and Python's own."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 @dataclass(kw_only=True)
@@ -99,7 +107,7 @@ class Loop:
             # Seeded by the epoch, so that a resumed run, with any number of ranks, needs no stored state. The 1 keeps the
             # stream apart from those of the data, which have the seed and the epoch, too.
             entropy = (self.seed, self.epochs_done, self.world.rank, 1)
-            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            seed_all(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             losses = self._epoch(self.epochs_done)
             # Where batch statistics are not shared, every rank has its own running ones: rank 0's are those that are kept.
             broadcast_buffers(self.objective.model, self.world)
