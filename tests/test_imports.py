@@ -159,6 +159,19 @@ def test_a_name_that_needs_torch_says_so():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_name_that_needs_onnx_says_so():
+    code = (
+        "import sys; sys.modules['onnx'] = sys.modules['onnxscript'] = None\nimport bitswitch\n"
+        "try: bitswitch.export_onnx\nexcept ModuleNotFoundError as e: assert 'bitswitch[onnx]' in str(e), e\n"
+        "else: raise SystemExit('no error')\n"
+        "model = bitswitch.load('resnet20-cifar10')\n"
+        "try: bitswitch.save(model, 'never-written', example_inputs=())\n"
+        "except ValueError as e: assert str(e) == \"onnxscript is not installed: pip install 'bitswitch[onnx]'\", e\n"
+        "else: raise SystemExit('no error')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_public_names_resolve():
     for name in bitswitch.__all__:
         assert getattr(bitswitch, name) is not None

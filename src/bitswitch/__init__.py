@@ -1,4 +1,4 @@
-"""bitswitch: one trained network, one stored 8-bit integer weight per parameter, every precision from it.
+"""bitswitch: one trained network, one stored integer per quantized weight, every precision from it.
 
 The public names are imported when they are first used, so that `bitswitch.runtime` needs no torch.
 """
@@ -29,6 +29,8 @@ _ROOMS = {
     "export_onnx": "bitswitch.export.onnx",
 }
 
+_EXTRAS = {"torch": "train", "onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx"}
+
 __all__ = [
     "MultiPrecisionOptimizer",
     "__version__",
@@ -53,9 +55,11 @@ def __getattr__(name: str) -> Any:
         # That room can itself be called.
         return room if name == "search" else getattr(room, name)
     except ModuleNotFoundError as error:
-        if error.name is not None and error.name.split(".")[0] == "torch":
+        missing = (error.name or "").split(".")[0]
+        if missing in _EXTRAS:
+            extra = _EXTRAS[missing]
             raise ModuleNotFoundError(
-                f"bitswitch.{name} needs torch: pip install 'bitswitch[train]'", name="torch"
+                f"bitswitch.{name} needs {missing}: pip install 'bitswitch[{extra}]'", name=missing
             ) from error
         raise
 

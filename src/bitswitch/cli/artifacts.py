@@ -120,11 +120,13 @@ def export(
     overrides: Overrides = None,
     bits: Bits = None,
     assignment: Mixture = None,
-    weights: Annotated[str, typer.Option(help="int8, or int4 or int2 for the layers that fit.")] = "int8",
+    weights: Annotated[
+        str, typer.Option(help="int8 (alone with --exact), or int4 or int2 for layers that fit.")
+    ] = "int8",
     exact: Annotated[
         bool,
         typer.Option(
-            "--exact", help="Convolutions keep their exact sums, but for grouped and 1-d ones: slower, nearer torch."
+            "--exact", help="Convolutions keep their exact sums, most grouped and 1-d ones aside: slower, nearer torch."
         ),
     ] = False,
     data: DataName = None,
@@ -133,7 +135,11 @@ def export(
     device: Device = "auto",
     seed: Seed = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder; onnx/ beside the artifact, or here, if not given.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder, if not onnx/ beside the file or here; of a recipe, its run.",
+        ),
     ] = None,
 ) -> None:
     """ONNX files of an artifact, one a precision; the artifact gets its graph, for the session without torch."""

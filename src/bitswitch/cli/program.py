@@ -27,7 +27,7 @@ _INTERRUPTED = 130
 
 app = typer.Typer(
     name="bitswitch",
-    help="One trained network, one stored 8-bit integer weight per parameter, every precision from it.",
+    help="One trained network, one stored integer per quantized weight, every precision from it.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -16,7 +16,7 @@ from bitswitch import artifact
 from bitswitch.artifact import GRAPH, tensor_name
 from bitswitch.assignment import Assignment
 from bitswitch.codes import bits_read
-from bitswitch.errors import UserError
+from bitswitch.errors import UserError, require
 from bitswitch.export.tensors import fill, tensors_of
 from bitswitch.models import build, is_trusted
 from bitswitch.nn import Plan, QuantizedLayer, apply, plan_of, quantized_layers, switch
@@ -53,7 +53,8 @@ def save(
             stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and `runtime`. Where it
             is not given, a model that was loaded and has not changed keeps the graph of its file.
         additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`, where every layer has
-            8 bits or nothing is lost; or "exact", which keeps the sums of all convolutions but grouped and 1-d ones.
+            8 bits or nothing is lost; or "exact", which keeps the sums of all convolutions but those grouped and 1-d
+            ones that one layer alone reads.
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be
@@ -63,13 +64,18 @@ def save(
     model = getattr(model, "_orig_mod", model)
     header, tensors = contents(model, network, preprocessing, classes, provenance, frontier)
     if example_inputs is not None:
-        # Here, since it needs ONNX and ONNX Runtime, which who only saves need not have.
-        from bitswitch.export.graph import session_graph
-
-        tensors[GRAPH] = session_graph(model, header, tensors, example_inputs, additions)
+        tensors[GRAPH] = _session_graph()(model, header, tensors, example_inputs, additions)
     elif (graph := _graph_of_its_file(model, header, tensors)) is not None:
         tensors[GRAPH] = graph
     artifact.write(path, header, tensors)
+
+
+def _session_graph() -> Callable[..., np.ndarray]:
+    """Imported here, since it needs ONNX and ONNX Runtime, which who only saves need not have."""
+    require("onnxscript", "onnx")
+    from bitswitch.export.graph import session_graph
+
+    return session_graph
 
 
 def _graph_of_its_file(
@@ -108,14 +114,12 @@ def add_graph(
     Raises:
         UserError: the file or the network cannot be used, or the network cannot be exported.
     """
-    from bitswitch.export.graph import session_graph
-
     if "://" in str(path) or artifact.located(path) != Path(path):
         raise UserError(f"{path} is no file of this machine's to write to: load it, and save it with example_inputs=")
     header, tensors = artifact.read(path)
     tensors.pop(GRAPH, None)
     quantized = load(path, model=model)
-    tensors[GRAPH] = session_graph(quantized, header, tensors, example_inputs, additions)
+    tensors[GRAPH] = _session_graph()(quantized, header, tensors, example_inputs, additions)
     artifact.write(path, header, tensors)
 
 

@@ -36,12 +36,18 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def short_commit(commit: str | None) -> str:
+    """A commit as it is shown; what ends in "+changes" cannot be had again, and says so."""
+    whole, changed, _ = (commit or "unknown").partition("+changes")
+    return whole[:12] + changed
+
+
 def _source(results: Sequence[_Result]) -> str:
     machines = {
         f"{m['device']}, {m['threads']} threads, torch {m['torch']}"
         for one in results
         for m in one.get("machines", [one["machine"]])
     }
-    commits = {(commit or "unknown")[:12] for one in results for commit in one.get("commits", [one["commit"]])}
+    commits = {short_commit(commit) for one in results for commit in one.get("commits", [one["commit"]])}
     data = {one["data"] for one in results}
     return f"{'; '.join(sorted(data))}. Commits {', '.join(sorted(commits))}. {'; '.join(sorted(machines))}."

@@ -12,7 +12,7 @@ from bitswitch import files
 from bitswitch.errors import UserError
 from bitswitch.report.accuracy import accuracy_tables
 from bitswitch.report.headline import headline
-from bitswitch.report.markdown import table
+from bitswitch.report.markdown import short_commit, table
 from bitswitch.report.subnets import subnet_tables
 
 _BEGIN = "<!-- results:begin -->"
@@ -24,7 +24,7 @@ def render(result: Mapping[str, Any]) -> str:
     rows = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in result["rows"]]
     machine = result["machine"]
     source = (
-        f"`{result['command']}`, commit {(result['commit'] or 'unknown')[:12]}, data {result['data']}, "
+        f"`{result['command']}`, commit {short_commit(result['commit'])}, data {result['data']}, "
         f"split {result['split']}, seeds {', '.join(map(str, result['seeds']))}, {machine['device']}, "
         f"{machine['threads']} threads, torch {machine['torch']}."
     )
