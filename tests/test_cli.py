@@ -601,13 +601,13 @@ class Body(nn.Module):
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("def forward(self, x): return {'out': super().forward(x)}", ["gives a dict in eval mode", "tensor of logits"]),
+        ("def forward(self, x): return {'out': super().forward(x)}", ["gives a dict, and a tensor of logits"]),
         (
             "def forward(self, x):\n        y = super().forward(x)\n        return (y, y) if self.training else y",
             ["gives a tuple in training", "aux_logits=false"],
         ),
-        ("def forward(self, x): return self.d(None)", ["cannot take images of [1, 8, 8] in eval mode: TypeError"]),
-        ("def forward(self, x): raise KeyError", ["cannot take images of [1, 8, 8] in eval mode: KeyError"]),
+        ("def forward(self, x): return self.d(None)", ["cannot take images of [1, 8, 8]: TypeError"]),
+        ("def forward(self, x): raise KeyError", ["cannot take images of [1, 8, 8]: KeyError"]),
         (
             "def get_extra_state(self): return {'a': 1}\n    def set_extra_state(self, x): pass",
             ["_extra_state", "a dict"],
@@ -639,8 +639,8 @@ def test_a_network_that_draws_from_other_generators_is_repeated(capsys, tmp_path
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("train.eta=-1", "eta"),
-        ("train.eta={8: 1, 6: 1, 4: 1, 2: -1}", "eta"),
+        ("train.eta=-1", "train.eta=-1: a learning rate's factor is not negative"),
+        ("train.eta={8: 1, 6: 1, 4: 1, 2: -1}", "a learning rate's factor is not negative"),
         ("train.micro_batches=3", "train.micro_batches=3: a rank's batch of 64 images cannot be divided"),
         ("train.distillation.temperature=3", "set teacher, too"),
         ("train.distillation={weight: 1}", "set teacher, too"),
@@ -664,3 +664,30 @@ def test_what_to_do_about_a_stage_made_otherwise_keeps_the_others(capsys, copied
     one_line(
         result, "holds a train stage made otherwise (train.lr was", f"bitswitch train digits --out {copied} --fresh"
     )
+
+
+@pytest.mark.parametrize("words", [["batch_size=2048", "micro_batches=3"], ["epochs=0", "micro_batches=3"]], ids=str)
+def test_micro_batches_are_parts_of_the_batches_that_there_are(capsys, tmp_path, words):
+    """Of 1293 images in all, or of none."""
+    status, _, err = call(
+        capsys, "pretrain", "digits", *SHORT, *(f"pretrain.{word}" for word in words), "--out", tmp_path
+    )
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        # More than the two images that are tried.
+        "def forward(self, x): return super().forward(x.unflatten(0, (4, -1)).flatten(0, 1) if self.training else x)",
+        # Gradients of its own.
+        "def forward(self, x):\n        y = super().forward(x)\n"
+        "        if not self.training: return y\n"
+        "        return y + 0 * torch.autograd.grad(y.sum(), self.a.weight, retain_graph=True)[0].sum()",
+    ],
+    ids=["four parts", "gradients"],
+)
+def test_networks_that_only_train_in_batches_of_their_own_train(capsys, tmp_path, own_network, forward):
+    named = own_network(f"{BODY}class Own(Body):\n    {forward}\n\n\ndef net(): return Own()\n")
+    status, _, err = call(capsys, "pretrain", "digits", *SHORT, *named, "--out", tmp_path / "x")
+    assert status == 0, err

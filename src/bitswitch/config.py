@@ -3,15 +3,13 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from bitswitch import codes, files
 from bitswitch.errors import UserError, nearest
-
-_Factor = Annotated[float, Field(ge=0)]
 
 
 class _Part(BaseModel):
@@ -71,7 +69,7 @@ class DistillationPart(_Part):
 
     @model_validator(mode="after")
     def _used(self) -> "DistillationPart":
-        if self.teacher == "none" and (self.temperature, self.weight) != (1.0, 0.5):
+        if self.model_fields_set and "teacher" not in self.model_fields_set:
             raise ValueError("a temperature and a weight are a teacher's: set teacher, too, float or highest")
         return self
 
@@ -87,8 +85,16 @@ class QuantizedPart(EnginePart):
     weight_decay: float = Field(5e-5, ge=0, le=1e30)
     order: Literal["each", "accumulate"] = "each"
     alrs: Literal["relative", "printed", "off"] = "relative"
-    eta: Literal["paper"] | _Factor | dict[int, _Factor] = 1.0
+    eta: Literal["paper"] | float | dict[int, float] = 1.0
     clip: float = Field(1.0, gt=0)
+
+    @field_validator("eta")
+    @classmethod
+    def _not_negative(cls, value: Any) -> Any:
+        factors = value.values() if isinstance(value, dict) else [0.0 if value == "paper" else value]
+        if min(factors, default=0.0) < 0:
+            raise ValueError("a learning rate's factor is not negative")
+        return value
 
     @field_validator("alrs", mode="before")
     @classmethod

@@ -27,6 +27,8 @@ from bitswitch.training.evaluate import PrecisionChoice
 
 Shown = Callable[[Iterator[Batch], int], Iterable[Batch]]
 _BATCH = 256
+# Of the predictions that are kept: another wherever the same words come to give others.
+_FORMAT = "2"
 # So many SubNets are scored in one pass over the data; their predictions are kept before the next pass.
 _AT_ONCE = 32
 
@@ -102,7 +104,14 @@ def evaluate_file(
     # The user's own code may be another the next time, under the same name.
     if len(wanted) > 1 and not confusion and is_trusted(network or ""):
         views = f"{recalibration_images} augmented" if recalibration_images else ""
-        about = [files.file_digest(path), data.fingerprint(), split, views, files.canonical_json(machine(device))]
+        about = [
+            _FORMAT,
+            files.file_digest(path),
+            data.fingerprint(),
+            split,
+            views,
+            files.canonical_json(machine(device)),
+        ]
         keys = {i: _key(about, one.precision) for i, one in enumerate(wanted) if one.choice is not None}
     scored, matrices = _scores(model, data, [one.precision for one in wanted], keys, plan)
     results = []

@@ -18,6 +18,7 @@ from torch import nn
 import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.errors import UserError
+from bitswitch.export.onnx import export_file
 from bitswitch.nn import make_transitional
 from bitswitch.nn.switch import quantized_layers
 from bitswitch.runtime import Session, executable, graph_report, source
@@ -320,7 +321,7 @@ def test_what_is_no_width_and_no_input_is_told_in_a_line(made):
     assert session.bits == 8
 
 
-@pytest.mark.parametrize("place", ["graph", "branch", "name"])
+@pytest.mark.parametrize("place", ["graph", "branch", "name", "no text"])
 def test_a_graph_that_wants_a_file_of_this_machine_is_refused(made, tmp_path, monkeypatch, place):
     """As a forged artifact might: a constant of it would be read from a file and come out as a result."""
     monkeypatch.chdir(tmp_path)
@@ -346,9 +347,29 @@ def test_a_graph_that_wants_a_file_of_this_machine_is_refused(made, tmp_path, mo
         # Of a constant that the session supplies, once more.
         secret.name = node.input[0] = proto.graph.initializer[0].name
         proto.graph.initializer[-1].CopyFrom(secret)
-    artifact.write(tmp_path / "forged", header, tensors | {artifact.GRAPH: packed(proto.SerializeToString())})
-    with pytest.raises(UserError, match="cannot be used"):
-        Session(tmp_path / "forged")
+    content = proto.SerializeToString()
+    if place == "no text":
+        # A name that is supplied, and one of other bytes that reads as the same where what is no text is replaced.
+        bindings = json.loads(next(entry.value for entry in proto.metadata_props if entry.key == executable.KEY))
+        prefix = bindings["quantizers"][0]["prefix"]
+        secret.name = node.input[0] = "?" * len(f"{prefix}.scale")
+        proto.graph.initializer[-1].CopyFrom(secret)
+        proto.graph.node[-1].CopyFrom(node)
+        content = proto.SerializeToString()
+        for old, start, end in ((secret.name, b"\xf0\x9f\x98", b".scale"), (prefix, "\ufffd".encode(), b"")):
+            content = content.replace(old.encode(), start + b"x" * (len(prefix) - 3) + end)
+    artifact.write(tmp_path / "forged", header, tensors | {artifact.GRAPH: packed(content)})
+    for use in (Session, lambda path: export_file(path, tmp_path / "out.onnx")):
+        with pytest.raises(UserError, match="cannot be used"):
+            use(tmp_path / "forged")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_names_of_all_constants_are_known_before_they_are_computed(made):
+    for path in made[2].values():
+        source = read(path)
+        for width in WIDTHS:
+            assert source.bindings.names() == source.arrays(dict.fromkeys(("conv2", "conv3", "conv4"), width)).keys()
 
 
 def test_what_was_built_is_kept_and_switched_to(made):

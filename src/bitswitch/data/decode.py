@@ -27,7 +27,7 @@ def read_image(path: str) -> Tensor:
     """A file as uint8 [3, H, W]; grey, palette and CMYK images become RGB, of 16 bits the upper 8 are taken.
 
     Raises:
-        UnreadableImage: it cannot be decoded, or holds floats or integers of 32 bits, whose range nothing tells.
+        UnreadableImage: it cannot be decoded, or holds floats or integers whose range nothing tells.
     """
     return _opened(path, lambda image: torch.from_numpy(np.array(_in_bytes(image).convert("RGB"))).permute(2, 0, 1))
 
@@ -63,7 +63,7 @@ def _in_bytes(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.array(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"its pixels are {'floats' if image.mode == 'F' else 'integers of 32 bits'}: convert it to 8 bits"
+            f"its pixels are {'floats' if image.mode == 'F' else 'integers of no known range'}: convert it to 8 bits"
         )
     return image
 

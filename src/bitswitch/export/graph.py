@@ -100,7 +100,7 @@ def integer_graph(
         )
     require("onnxruntime", "runtime")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    half = [x.dtype for x in (*model.state_dict().values(), *inputs) if isinstance(x, Tensor) and x.dtype in _HALF]
+    half = [x.dtype for x in (*model.parameters(), *inputs) if isinstance(x, Tensor) and x.dtype in _HALF]
     if half:
         raise UserError(
             f"this {type(model).__name__} or its example_inputs hold {half[0]}: a graph is float32; give model.float() and "

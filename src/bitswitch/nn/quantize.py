@@ -213,8 +213,10 @@ def _warn_of_the_rest(
         else:
             reasons[name] = f"a {type(module).__name__} cannot be swapped"
     for name, module in named.items():
-        if module._buffers.get("running_mean") is not None and not isinstance(module, BATCH_NORMS):
-            reasons[name] = "its running statistics are shared by all widths"
+        # What is called frozen, in torchvision and elsewhere, never moves them.
+        moves = not isinstance(module, BATCH_NORMS) and not type(module).__name__.startswith("Frozen")
+        if moves and module._buffers.get("running_mean") is not None:
+            reasons[name or "the network itself"] = "its running statistics are shared by all widths"
     for name in seen.bare_products:
         if not _inside(name, reasons):
             reasons[name] = "a parameter used in a product outside any layer"

@@ -1,5 +1,6 @@
 """Which stages are done, which can be taken up, and doing them in order."""
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bitswitch import files
-from bitswitch.config import Recipe, to_yaml
+from bitswitch.config import PretrainPart, QuantizedPart, Recipe, to_yaml
 from bitswitch.data import DataSet
 from bitswitch.errors import UserError, nearest
 from bitswitch.models import build, load_weights
@@ -141,6 +142,9 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
                 f"stage {stage} is not done in {where}: bitswitch {stage} {run.typed} --out {where} does it, with the same "
                 "overrides"
             )
+    for stage in stages:
+        if not _is_done(run, records.get(stage)):
+            _check_micro_batches(run, data, stage)
     if not _is_done(run, records.get("pretrain")):
         _check_network(run, data, stages)
     if "search" in stages:
@@ -155,15 +159,20 @@ def _check_parts(run: Run, stages: Sequence[str]) -> None:
             raise UserError(
                 f"recipe {run.name} has no part supernet: give it one, or say bitswitch {stage} {run.typed} supernet.epochs=N"
             )
-        part = getattr(run.recipe, _STAGES[stage].part)
-        rank_batch = getattr(part, "batch_size", 1) // run.world.size
-        if rank_batch % getattr(part, "micro_batches", 1):
+        if stage in ("supernet", "search") and run.recipe.train.method != "double_rounding":
+            raise UserError(f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet")
+
+
+def _check_micro_batches(run: Run, data: DataSet, stage: str) -> None:
+    part, ranks = getattr(run.recipe, stage), run.world.size
+    if isinstance(part, PretrainPart | QuantizedPart) and part.epochs:
+        # As `training_batches` makes them.
+        rank_batch = min(part.batch_size, data.size("train") // ranks * ranks) // ranks
+        if rank_batch % part.micro_batches:
             raise UserError(
                 f"{stage}.micro_batches={part.micro_batches}: a rank's batch of {rank_batch} images cannot be divided into so "
                 "many equal parts"
             )
-        if stage in ("supernet", "search") and run.recipe.train.method != "double_rounding":
-            raise UserError(f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet")
 
 
 def _needed(stages: Sequence[str]) -> list[str]:
@@ -188,30 +197,38 @@ def _check_network(run: Run, data: DataSet, stages: Sequence[str]) -> None:
             )
     if run.recipe.pretrain.checkpoint:
         load_weights(network, run.recipe.pretrain.checkpoint)
-    for kind, tried in (("in eval mode", network), ("in training", build(**about(run, data)["network"]))):
-        try:
-            with torch.no_grad():
-                logits = tried(images)
-        except Exception as error:
-            # Whatever the user's module does.
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(f"{name} cannot take images of {list(images.shape[1:])} {kind}: {reason}") from error
-        if not isinstance(logits, Tensor):
-            raise UserError(
-                f"{name} gives a {type(logits).__name__} {kind}, and a tensor of logits, [images, classes], is needed: turn "
-                "off what else it gives in model.args (aux_logits=false), or name a function of your own that wraps it"
-            )
-        if logits.dim() != 2 or logits.shape[1] != len(data.classes):
-            raise UserError(
-                f"{name} gives {list(logits.shape[1:])} outputs for an image, {data.name} has {len(data.classes)} classes: "
-                "set the number of classes in model.args"
-            )
+    try:
+        with torch.no_grad():
+            logits = network(images)
+    except Exception as error:
+        # Whatever the user's module does.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{name} cannot take images of {list(images.shape[1:])}: {reason}") from error
+    _check_logits(run, data, logits, "")
+    # Some need more images than these two when they train.
+    with contextlib.suppress(Exception):
+        logits = build(**about(run, data)["network"])(images)
+    _check_logits(run, data, logits, " in training")
     _check_weights(run, data, network, images)
     if "train" in stages:
         layers = quantized_layers(quantized(run, data, network, images=2))
         for layer in itertools.chain.from_iterable(run.recipe.search.tied if "search" in stages else ()):
             if layer not in layers:
                 raise UserError(f"search.tied: no layer that is quantized is named {layer!r}{nearest(layer, layers)}")
+
+
+def _check_logits(run: Run, data: DataSet, logits: Any, when: str) -> None:
+    name = run.recipe.model.name
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"{name} gives a {type(logits).__name__}{when}, and a tensor of logits, [images, classes], is needed: turn off "
+            "what else it gives in model.args (aux_logits=false), or name a function of your own that wraps it"
+        )
+    if logits.dim() != 2 or logits.shape[1] != len(data.classes):
+        raise UserError(
+            f"{name} gives {list(logits.shape[1:])} outputs for an image{when}, {data.name} has {len(data.classes)} classes: "
+            "set the number of classes in model.args"
+        )
 
 
 @torch.no_grad()
@@ -269,8 +286,8 @@ def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any])
         found.append("the data are others")
     if found:
         raise UserError(
-            f"{run.directory.path} holds a {stage} stage made otherwise ({'; '.join(found)}): do it again with "
-            f"bitswitch {stage} {run.typed} --out {run.directory.path} --fresh, or use another --out"
+            f"{run.directory.path} holds a {stage} stage made otherwise ({'; '.join(found)}): bitswitch {stage} {run.typed} "
+            f"--out {run.directory.path} --fresh does it again, with the same overrides; or use another --out"
         )
 
 

@@ -15,7 +15,21 @@ from bitswitch import files
 from bitswitch.artifact import Header, tensor_name
 from bitswitch.artifact.container import strict_json
 
-_KINDS = ("conv", "sums", "branch", "bytes or sums", "conv or sums", "int32", "float", "linear")
+_OF_QUANTIZER = ("scale", "zero", "low", "high", "clips")
+_CONV = ("codes", "scale", "zero", "bias", "bias_scale")
+_SUMS = ("codes", "sum_zero", "sum_scale", "sum_bias")
+_BRANCH = (*_CONV, "step", "offset", "mean", "variance")
+# The arrays of each kind of product; see `Product`.
+_KINDS = {
+    "conv": _CONV,
+    "sums": _SUMS,
+    "branch": _BRANCH,
+    "bytes or sums": (*_BRANCH, *_SUMS, "common_step", "common_zero", "in_bytes", "alike"),
+    "conv or sums": (*_CONV, *_SUMS, "in_bytes"),
+    "int32": ("codes", "zero", "multiplier", "offset"),
+    "float": ("codes", "scale", "zero", "bias"),
+    "linear": ("codes", "scale", "zero", "bias"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +145,12 @@ class Bindings:
             products=tuple(Product(**entry) for entry in products),
             constants=tuple(Constant(**entry) for entry in value["constants"]),
         )
+
+    def names(self) -> set[str]:
+        """The names of all constants that `constants.values` computes."""
+        of_quantizers = {f"{one.prefix}.{key}" for one in self.quantizers for key in _OF_QUANTIZER}
+        of_products = {f"{one.prefix}.{key}" for one in self.products for key in _KINDS[one.kind]}
+        return of_quantizers | of_products | {constant.tensor for constant in self.constants}
 
     def check(self, header: Header, tensors: Mapping[str, np.ndarray]) -> None:
         """Whether the artifact has all that is named here, in the shapes that it takes.

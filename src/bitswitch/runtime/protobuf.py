@@ -77,7 +77,7 @@ def external_tensors(model: bytes) -> list[str]:
     """The names of the tensors of an ONNX model whose values are elsewhere.
 
     Raises:
-        UserError: it is damaged, or such a tensor is no initializer of the model's own graph.
+        UserError, UnicodeDecodeError: it is damaged, or such a tensor is no initializer of the model's own graph.
     """
     found: list[str] = []
     _find_external(memoryview(model), "model", ("model",), found)
@@ -89,7 +89,7 @@ def _find_external(message: memoryview, kind: str, path: tuple[str, ...], found:
     name, is_external = "", False
     for number, content in fields(message):
         if kind == "tensor" and number == _TENSOR_NAME:
-            name = str(content, "utf-8", "replace")
+            name = str(content, "utf-8")
         elif kind == "tensor" and number == _TENSOR_EXTERNAL:
             is_external = True
         elif number in inside:

@@ -30,7 +30,6 @@ class Source:
         tensors: by name.
         graph: ONNX without numbers.
         bindings: the numbers that it wants.
-        external: the names of the graph's constants whose values are not in it.
     """
 
     path: str
@@ -39,7 +38,6 @@ class Source:
     tensors: Mapping[str, np.ndarray]
     graph: bytes
     bindings: Bindings
-    external: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +81,7 @@ class Source:
             UserError: ONNX Runtime does not open the graph.
         """
         arrays = self.arrays(assignment)
-        with self._opening(arrays):
+        with self._opening():
             return Executable(self.graph, arrays, may_saturate=self.may_saturate(arrays, assignment), threads=threads)
 
     def operations(self, assignment: Mapping[str, int]) -> Counter[str]:
@@ -93,15 +91,11 @@ class Source:
             UserError: ONNX Runtime does not open the graph.
         """
         arrays = self.arrays(assignment)
-        with self._opening(arrays):
+        with self._opening():
             return fused_operations(self.graph, arrays, may_saturate=self.may_saturate(arrays, assignment))
 
     @contextmanager
-    def _opening(self, arrays: Arrays) -> Iterator[None]:
-        strange = sorted({*self.external} - {*arrays})
-        if strange:
-            # ONNX Runtime would look for its values in files of this machine.
-            raise UserError(f"{self.path} cannot be used: its graph wants {strange[0]!r}, which no artifact holds")
+    def _opening(self) -> Iterator[None]:
         try:
             yield
         except (UserError, MemoryError, ImportError):
@@ -131,10 +125,12 @@ def read(path: str | Path) -> Source:
         graph = unpacked(tensors.pop(GRAPH))
         bindings = Bindings.from_text(metadata(graph)[KEY])
         bindings.check(located.header, tensors)
-        external = external_tensors(graph)
+        if strange := {*external_tensors(graph)} - bindings.names():
+            # ONNX Runtime would look for its values in files of this machine.
+            raise ValueError(f"{min(strange)!r} is not of the artifact")
     except (UserError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} cannot be used: its graph is damaged or of another version; where torch is, "
             f"`bitswitch export {path}` makes it anew"
         ) from error
-    return Source(str(path), widths, located.header, tensors, graph, bindings, tuple(external))
+    return Source(str(path), widths, located.header, tensors, graph, bindings)

@@ -103,10 +103,10 @@ def _check_classes(logits: Tensor, y: Tensor, classes: int | None) -> None:
 def _totals(logits: Tensor, y: Tensor) -> Tensor:
     """[4]: correct at 1, correct within 5, summed loss, images; float64, which holds counts exactly."""
     # Not the first of the top five, which may be another where logits are equal: predictions and confusions are argmax's.
-    right = (logits.argmax(1) == y).sum().double()
-    top5 = (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).sum().double()
+    right = logits.argmax(1) == y
+    among = right | (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).any(1)
     loss = F.cross_entropy(logits, y, reduction="sum").double()
-    return torch.stack([right, top5, loss, loss.new_tensor(len(y))])
+    return torch.stack([right.sum().double(), among.sum().double(), loss, loss.new_tensor(len(y))])
 
 
 def _count(counts: list[Tensor], i: int, logits: Tensor, y: Tensor) -> None:
