@@ -691,3 +691,10 @@ def test_networks_that_only_train_in_batches_of_their_own_train(capsys, tmp_path
     named = own_network(f"{BODY}class Own(Body):\n    {forward}\n\n\ndef net(): return Own()\n")
     status, _, err = call(capsys, "pretrain", "digits", *SHORT, *named, "--out", tmp_path / "x")
     assert status == 0, err
+
+
+def test_a_run_of_an_own_recipe_is_exported(capsys, copied, tmp_path):
+    (tmp_path / "own.yaml").write_text("extends: digits\npretrain: {epochs: 2}\ntrain: {epochs: 1}\nsupernet: null\n")
+    status, out, err = call(capsys, "export", tmp_path / "own.yaml", "--out", copied, "--bits", 8, "--json")
+    assert status == 0, err
+    assert [Path(row["file"]).parent for row in json.loads(out)["files"]] == [copied / "onnx"]

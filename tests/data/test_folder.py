@@ -271,3 +271,10 @@ def test_places_that_cannot_be(make_folder):
         load_data("x" * 300)
     with pytest.raises(UserError, match="no such user's home"):
         load_data("image_folder", "~nobody-of-this-name/x")
+
+
+def test_val_may_not_take_all_training_images(make_folder):
+    data = load_data(str(make_folder(train=1, test=1)), val_fraction=0.9)
+    assert data.size("train") == 0 < data.size("val")
+    with pytest.raises(UserError, match=r"no training images left beside those of val: lower data\.val_fraction"):
+        data.sample(1)

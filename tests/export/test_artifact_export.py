@@ -565,3 +565,9 @@ def test_a_network_whose_layer_runs_another_forward_is_another(tmp_path, quantiz
     network.conv2.forward = lambda x: x
     with pytest.raises(UserError, match="another network than the one quantized: of 'conv2', its forward was replaced"):
         bs.load(tmp_path / "a", model=network)
+
+
+def test_a_quantized_model_is_not_the_network_of_a_file(tmp_path, quantized):
+    bs.save(quantized, tmp_path / "a")
+    with pytest.raises(UserError, match="quantized already, 'conv2' for one: give the float network"):
+        bs.load(tmp_path / "a", model=quantized)

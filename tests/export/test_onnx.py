@@ -257,6 +257,37 @@ def test_a_compiled_model_exports(tmp_path, concatenating):
     held_against_torch(model, x, tmp_path / "m.onnx", 8, 30)
 
 
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mid, self.last = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first = nn.Linear(8, 8)
+
+    def forward(self, tokens):
+        return self.last(self.mid(self.first(self.embed(tokens)).relu()).relu()).mean(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_a_file_of_a_network_of_tokens_is_held_against_it(tmp_path, dtype):
+    x = torch.randint(0, 20, (32, 7), generator=torch.Generator().manual_seed(0)).to(dtype)
+    model = quantized(Tokens, x)
+    bs.save(model, tmp_path / "a", example_inputs=x)
+    export_file(tmp_path / "a", tmp_path / "m.onnx", wanted=8, model=model)
+    held_against_torch(model, x, tmp_path / "m.onnx", 8, 30)
+    with torch.no_grad():
+        model.last.bias += 1
+    with pytest.raises(UserError, match="does not compute what the model does"):
+        export_file(tmp_path / "a", tmp_path / "other.onnx", wanted=8, model=model)
+
+
+def test_the_first_result_may_be_one_number(tmp_path):
+    x = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = quantized(functools.partial(Answering, lambda y: (y.square().mean(), y)), x)
+    bs.save(model, tmp_path / "a", example_inputs=x)
+    with torch.no_grad():
+        assert np.allclose(Session(tmp_path / "a").run(x.numpy())[0], model(x)[0].numpy(), rtol=0.05)
+
+
 class Heads(nn.Module):
     """Results of convolutions, channels last as detectors have them, and one of them twice."""
 
@@ -387,7 +418,7 @@ def test_a_network_that_torch_cannot_export_is_named(tmp_path):
 
     x = torch.randn(8, 4)
     model = bs.quantize(Deciding(), example_inputs=x).eval()
-    with pytest.raises(UserError, match="cannot export this Deciding"):
+    with pytest.raises(UserError, match="cannot export this Deciding: Could not guard on data-dependent expression"):
         bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
 
 

@@ -380,6 +380,25 @@ class Matmul(Net):
         return x @ self.middle
 
 
+class Added(Net):
+    def between(self, x):
+        return torch.addmm(self.early.bias, x, self.middle)
+
+
+class Turned(Net):
+    def between(self, x):
+        return x @ self.middle.t().view(8, 8)
+
+
+class Spread(Net):
+    def between(self, x):
+        return F.conv_transpose1d(x.unsqueeze(-1), self.middle.T.unflatten(0, (8, 1)).transpose(1, 2)).squeeze(-1)
+
+
+class OwnAttention(nn.MultiheadAttention):
+    pass
+
+
 class Up(Net):
     def between(self, x):
         return self.middle(x.unsqueeze(-1)).squeeze(-1)
@@ -481,6 +500,13 @@ STAYS_FLOAT = {
     "statistics of its own": (lambda: Module(middle=Normalized()), "running statistics are shared by all widths"),
     "three dimensions": (lambda: Volume(middle=nn.Conv3d(1, 1, 1)), "Conv3d cannot be swapped"),
     "bare parameter": (lambda: Product(middle=nn.Parameter(torch.randn(8, 8))), "outside any layer"),
+    "bare parameter, addmm": (lambda: Added(middle=nn.Parameter(torch.randn(8, 8))), "outside any layer"),
+    "bare parameter, views": (lambda: Turned(middle=nn.Parameter(torch.randn(8, 8))), "outside any layer"),
+    "bare parameter, transposed": (lambda: Spread(middle=nn.Parameter(torch.randn(8, 8))), "outside any layer"),
+    "attention of its own": (
+        lambda: SelfAttention(middle=OwnAttention(8, 2)),
+        "OwnAttention cannot be swapped",
+    ),
     "bare parameter, @": (lambda: Matmul(middle=nn.Parameter(torch.randn(8, 8))), "outside any layer"),
 }
 

@@ -258,3 +258,9 @@ def test_the_package_is_the_function():
     assert "Linear has no quantized layer" in result.stderr
     assert bs.search is search and callable(bs.search)
     assert search.find.__module__ == "bitswitch.search.find"
+
+
+@pytest.mark.parametrize("budgets", [3, {"bits": 3}, "avg<=4"])
+def test_budgets_that_are_no_list_are_told(budgets):
+    with pytest.raises(UserError, match="give a list, such as"):
+        search.as_budgets(budgets)

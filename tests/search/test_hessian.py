@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import bitswitch as bs
 from bitswitch.errors import UserError
+from bitswitch.nn.plan import replace_attention
 from bitswitch.search import probes
 from bitswitch.search.hessian import hessian_trace
 from bitswitch.search.traces import Tally, Trace, degrees, trace_of, worst_error
@@ -72,7 +73,7 @@ class Transformer(nn.Module):
 
 
 class Attention(nn.Module):
-    """nn.MultiheadAttention reads the weight of its out_proj and never runs it."""
+    """nn.MultiheadAttention reads the weight of its out_proj and never runs it; its equal of linear layers is traced."""
 
     def __init__(self):
         super().__init__()
@@ -106,6 +107,19 @@ class TimeFirst(nn.Module):
     def forward(self, x):
         x = self.mix(torch.tanh(self.embed(x)).transpose(0, 1)).transpose(0, 1)
         return self.head(torch.tanh(x).mean(1))
+
+
+class Force(nn.Module):
+    """Its output is a derivative in its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(6, 5), nn.Linear(5, 5), nn.Linear(5, 1)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        energy = self.head(torch.tanh(self.mix(torch.tanh(self.embed(x))))).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0].mean(1)
 
 
 class Frames(nn.Module):
@@ -153,6 +167,14 @@ def indefinite(model, batch):
     return torch.sin(2 * model(batch[0])).sum(1).mean()
 
 
+def penalized(model, batch, **options):
+    """A penalty on the outputs' derivative in the inputs."""
+    x = batch[0].detach().requires_grad_()
+    output = model(x)
+    (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True, **options)
+    return F.cross_entropy(output, batch[1]) + 5 * slope.square().sum()
+
+
 def images():
     generator = torch.Generator().manual_seed(1)
     sizes = (6, 6, 5)
@@ -177,9 +199,18 @@ CASES = {
     "decay": (Conv, with_decay, images, WEIGHT, 6),
     "keeping": (Keeping, of_kept, images, WEIGHT, 6),
     "transformer": (Transformer, cross_entropy, tokens, BOTH, 4),
-    "attention": (Attention, cross_entropy, tokens, WEIGHT, 4),
+    "attention": (Attention, cross_entropy, tokens, BOTH, 4),
     "recurrent": (Recurrent, cross_entropy, tokens, WEIGHT, 4),
     "time first": (TimeFirst, cross_entropy, tokens, BOTH, 1),
+    "derivative": (Force, cross_entropy, tokens, WEIGHT, 1),
+    "penalty": (functools.partial(Frames, 3, nn.Softplus), penalized, tokens, WEIGHT, 1),
+    "penalty, materialized": (
+        functools.partial(Frames, 3, nn.Softplus),
+        functools.partial(penalized, materialize_grads=True),
+        tokens,
+        WEIGHT,
+        1,
+    ),
     # As many outputs as frames, and not.
     "frames": (functools.partial(Frames, 4, nn.ReLU), cross_entropy, tokens, OUTPUT, 4),
     "frames, softplus": (functools.partial(Frames, 3, nn.Softplus), cross_entropy, tokens, BOTH, 4),
@@ -192,6 +223,7 @@ def case(name, count=None):
     make, loss_fn, batches, *_ = CASES[name]
     torch.manual_seed(0)
     model, batches = make().double().eval(), batches()[:count]
+    replace_attention(model)
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
     exact = {}
@@ -418,6 +450,27 @@ def test_float32(name):
     single = copy.deepcopy(model).float()
     traces = hessian_trace(single, loss_fn, [(x.float(), y) for x, y in batches], target=None, probes=60, seed=1)
     assert all(abs(t.mean - exact[n]) <= 3 * t.standard_error + 1e-5 * abs(exact[n]) for n, t in traces.items())
+
+
+def test_attention_is_traced_and_searched_as_it_is_quantized():
+    torch.manual_seed(0)
+    model, batches = Attention(), [(x.float(), y) for x, y in tokens()]
+    before = copy.deepcopy(model.state_dict())
+    traces = hessian_trace(model, cross_entropy, batches, target=None, probes=2)
+    quantized = bs.quantize(model, example_inputs=batches[0][0], bits=(8, 4), keep_first_last=False)
+    assert traces.keys() == bs.widths(quantized).keys() >= {"encoder.self_attn.in_proj"}
+    (choice,) = bs.search(quantized, traces, budgets=[8])
+    assert choice.assignment.to_json().keys() == traces.keys()
+    assert type(model.encoder.self_attn) is nn.MultiheadAttention
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"), [(lambda m, b: 1.0, "a float"), (lambda m, b: m(b[0]), r"of shape \[6, 3\]")]
+)
+def test_a_loss_that_is_no_number_is_told(loss, words):
+    with pytest.raises(UserError, match=f"the loss is {words}: loss_fn"):
+        hessian_trace(Conv().double(), loss, images())
 
 
 def test_layers_by_name():

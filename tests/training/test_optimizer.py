@@ -139,3 +139,44 @@ def test_accumulated_scales_of_a_width_have_its_own_rate(network, images):
             # With its eta at 0 a width's scales stand still; the others' first step is Adam's, nearly the rate.
             moved = not torch.equal(parameter, before[name])
             assert moved == name.endswith(".8"), name
+
+
+def test_a_state_of_other_parameters_is_refused(quantized):
+    def frozen(names):
+        model = copy.deepcopy(quantized)
+        for name, parameter in model.named_parameters():
+            if any(name.startswith(one) for one in names):
+                parameter.requires_grad_(False)
+        return model
+
+    everything = [name for name, _ in quantized.named_parameters() if "quantizer" not in name]
+    for before, after in (([], everything), (everything, []), ([], ["conv1"])):
+        state = bs.MultiPrecisionOptimizer(frozen(before)).state_dict()
+        optimizer = bs.MultiPrecisionOptimizer(frozen(after))
+        with pytest.raises(UserError, match="of other parameters"):
+            optimizer.load_state_dict(state)
+
+
+def test_rates_and_weight_decay_stay_its_own(quantized):
+    state = bs.MultiPrecisionOptimizer(quantized, lr=1e-2, weight_decay=0.1).state_dict()
+    optimizer = bs.MultiPrecisionOptimizer(quantized, lr=1e-3, weight_decay=0.0)
+    optimizer.load_state_dict(state)
+    assert [group["weight_decay"] for group in optimizer._weights.param_groups] == [0.0]
+    assert optimizer.lr == 1e-3
+
+
+def test_layers_of_other_widths_are_refused():
+    halves = torch.nn.Sequential(
+        bs.quantize(
+            torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))),
+            bits=(8, 4),
+            example_inputs=torch.randn(3, 4),
+        ),
+        bs.quantize(
+            torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))),
+            bits=(6, 2),
+            example_inputs=torch.randn(3, 4),
+        ),
+    )
+    with pytest.raises(UserError, match=r"other widths than others \(0\.1 \[8, 4\], 1\.1 \[6, 2\]\)"):
+        bs.MultiPrecisionOptimizer(halves)

@@ -150,7 +150,7 @@ def export(
     path, images = artifact.located(file), None
     # Nothing is written into the package.
     beside = path.parent if path == Path(file) else Path()
-    if not files.is_file(path):
+    if path.suffix in (".yaml", ".yml") or not files.is_file(path):
         if path.suffix not in (".yaml", ".yml") and file not in recipe_names():
             known = nearest(file, [*artifact.shipped(), *recipe_names()])
             raise UserError(

@@ -119,6 +119,8 @@ class DataSet(ABC):
 
     def _need_training_images(self) -> None:
         if not self.size("train"):
+            if self.size("val"):
+                raise UserError(f"{self.name} has no training images left beside those of val: lower data.val_fraction")
             raise UserError(f"{self.name} has no training images, only test: name data with a train/ folder")
 
 

@@ -1,6 +1,7 @@
 """The ONNX graph of a quantized model's float network, in which layers and batch normalizations still stand apart."""
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +53,8 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
         )
     except Exception as error:
         # The exporter raises many kinds of errors, all of which say that this network is not for it.
-        reason = " ".join(str(error).split())
+        # torch's own words come first and are of no network; the reason is what they were raised from.
+        reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error.__cause__ or error)).split())
         raise UserError(f"torch.onnx.export cannot export this {type(model).__name__}: {reason[:300]}") from error
     assert program is not None
     graph = program.model.graph

@@ -221,9 +221,12 @@ def hold_against(
     """
     expected = _results(model, assignment, inputs)
     noise = np.square(executable.run(_numpy(inputs))[0] - expected).sum()
-    signal = np.square(expected - (expected.mean(0) if len(expected) > 1 else 0)).sum()
-    # A network that answers the same to every input has no signal, but for rounding.
-    if noise <= max(_GREATEST_NOISE * signal, _ROUNDING * np.square(expected).sum()):
+    whole = np.square(expected).sum()
+    signal = np.square(expected - (expected.mean(0) if expected.ndim and len(expected) > 1 else 0)).sum()
+    # Where it answers the same to every input, as to tokens that are all alike, the answer itself is the signal.
+    if signal <= _ROUNDING * whole:
+        signal = whole
+    if noise <= _GREATEST_NOISE * signal:
         return
     own_noise = np.square(_results(model, assignment, _disturbed(inputs)) - expected).sum()
     if not noise <= _GREATEST_OWN_NOISE * own_noise:

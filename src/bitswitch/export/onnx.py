@@ -30,6 +30,7 @@ _BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
 _PACKED = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
 # How many inputs are drawn to hold a file against its model.
 _DRAWN_INPUTS = 8
+_DRAWN_DTYPES = {"tensor(int32)": torch.int32, "tensor(bool)": torch.bool}
 _ANY_SIZE = 2**62
 # The opset whose DequantizeLinear reads 2-bit integers, and the file format that has them.
 _INT2_OPSET, _INT2_IR_VERSION = 25, 13
@@ -122,7 +123,7 @@ def _drawn(executable: Executable) -> tuple[Tensor, ...]:
     return tuple(
         torch.randn(_DRAWN_INPUTS, *shape, generator=generator)
         if kind == "tensor(float)"
-        else torch.zeros(_DRAWN_INPUTS, *shape, dtype=torch.int64)
+        else torch.zeros(_DRAWN_INPUTS, *shape, dtype=_DRAWN_DTYPES.get(kind, torch.int64))
         for kind, shape in executable.inputs
     )
 

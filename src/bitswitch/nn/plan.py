@@ -65,6 +65,8 @@ def replace_attention(model: nn.Module) -> dict[str, str]:
     """
     refused: dict[str, str] = {}
     for name, module in list(model.named_modules()):
+        if isinstance(module, nn.MultiheadAttention) and type(module) is not nn.MultiheadAttention:
+            refused[name] = f"a {type(module).__name__} cannot be swapped"
         if type(module) is nn.MultiheadAttention:
             if has_other_forward(module):
                 refused[name] = OTHER_FORWARD
@@ -156,6 +158,8 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def _quantized(name: str, module: nn.Module, kind: InputKind, plan: Plan) -> QuantizedLayer:
+    if isinstance(module, QuantizedLayer):
+        raise UserError(f"this network is quantized already, {name!r} for one: give the float network")
     if type(module) not in QUANTIZED:
         raise UserError(f"this is another network than the one quantized: {name!r} is a {type(module).__name__}")
     if has_other_forward(module):

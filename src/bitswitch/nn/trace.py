@@ -18,8 +18,16 @@ from bitswitch.nn.mode import evaluating
 from bitswitch.nn.norm import BATCH_NORMS
 from bitswitch.numerics.scales import sample
 
-_PRODUCTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.mm, torch.bmm, torch.matmul, torch.einsum} | {
-    *(Tensor.mm, Tensor.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__)
+_PRODUCTS = {
+    *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(torch.mm, torch.bmm, torch.matmul, torch.einsum, torch.tensordot, torch.addmm, torch.baddbmm, torch.addbmm),
+    *(Tensor.mm, Tensor.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.addmm, Tensor.baddbmm),
+}
+# What a parameter may go through and still be that parameter.
+_VIEWS = {
+    *(Tensor.t, Tensor.transpose, Tensor.permute, Tensor.view, Tensor.reshape, Tensor.unflatten, Tensor.flatten),
+    *(Tensor.T.__get__, Tensor.mT.__get__),  # type: ignore[attr-defined]
+    *(torch.t, torch.transpose, torch.permute, torch.reshape, torch.flatten),
 }
 
 
@@ -52,6 +60,7 @@ class _Flow(TorchFunctionMode):
         self.weights = weights
         self.parameters = parameters
         self.origins = WeakTensorKeyDictionary()
+        self.views = WeakTensorKeyDictionary()
         self.inside: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,6 +68,8 @@ class _Flow(TorchFunctionMode):
         result = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if func in _VIEWS and len(given) == len(returned) == 1 and (name := self._parameter(given[0])) is not None:
+            self.views[returned[0]] = name
         if returned:
             self._note_readers(func, given)
             self.mark(returned, frozenset().union(*(self.origins.get(t, ()) for t in given)))
@@ -69,8 +80,13 @@ class _Flow(TorchFunctionMode):
             owners = self.weights.get(id(tensor), set())
             if owners and owners.isdisjoint(self.inside):
                 self.trace.read_elsewhere |= owners
-            elif not owners and func in _PRODUCTS and tensor.dim() > 1 and id(tensor) in self.parameters:
-                self.trace.bare_products.add(self.parameters[id(tensor)])
+            elif (
+                not owners and func in _PRODUCTS and tensor.dim() > 1 and (name := self._parameter(tensor)) is not None
+            ):
+                self.trace.bare_products.add(name)
+
+    def _parameter(self, tensor: Tensor) -> str | None:
+        return self.parameters.get(id(tensor), self.views.get(tensor))
 
     def mark(self, tensors: list[Tensor], origins: frozenset[int]) -> None:
         """Add to what the tensors were computed from, positions in the order of layers."""

@@ -169,5 +169,11 @@ def budgets_between(problem: Problem, cost: str, points: int) -> list[dict[str, 
 
 
 def as_budgets(budgets: Sequence[float | Mapping[str, float]]) -> list[dict[str, float]]:
-    """Budgets as mappings: a bare number is the average width."""
+    """Budgets as mappings: a bare number is the average width.
+
+    Raises:
+        UserError: they are no list.
+    """
+    if isinstance(budgets, (int, float, str, Mapping)):
+        raise UserError(f"budgets={budgets!r}: give a list, such as [{budgets!r}]")
     return [dict(one) if isinstance(one, Mapping) else {"bits": float(one)} for one in budgets]

@@ -1,5 +1,6 @@
 """Traces of the Hessian, layer by layer: how sharply the loss bends when a layer's weights move (HAWQ-V2, 1911.03852)."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from torch import nn
 
 from bitswitch.errors import UserError, nearest
 from bitswitch.nn import QuantizedLayer, evaluating
+from bitswitch.nn.plan import replace_attention
 from bitswitch.search.passes import TRACED, Layer, LossFunction
 from bitswitch.search.probes import Job, Kind, Prober, prober
 from bitswitch.search.traces import Tally, Trace, errors, trace_of, worst_error
@@ -44,7 +46,8 @@ def hessian_trace(
         model: a float network. Its parameters, gradients and modes are left as they are; frozen weights count like others.
         loss_fn: `loss_fn(model, batch)`, a scalar tensor, twice differentiable.
         batches: visited one at a time, all in every round; where they can be visited only once, `target` must be None.
-        layers: names; where None, all nn.Conv1d, nn.Conv2d and nn.Linear that the loss depends on.
+        layers: names; where None, all nn.Conv1d, nn.Conv2d and nn.Linear that the loss depends on. In place of an
+            nn.MultiheadAttention those of its equal in a quantized network, `in_proj` and `out_proj`.
         target: go on until `worst_error` is at most this. None: one round of `probes`.
         probes: at most so many of each kind for any layer, at least 2.
         seed: of the probes.
@@ -64,6 +67,10 @@ def hessian_trace(
         raise UserError(f"probes={probes}: a standard error needs at least 2")
     if target is not None and iter(batches) is batches:
         raise UserError("the batches can be visited only once: give a list or a loader, or target=None for one round")
+    if any(type(module) is nn.MultiheadAttention for module in model.modules()):
+        # It runs no layers: those that `quantize` puts in its place are traced.
+        model = copy.deepcopy(model)
+        replace_attention(model)
     traced = _layers(model, layers)
     with evaluating(model), torch.enable_grad(), _differentiable(traced):
         rest = iter(batches)

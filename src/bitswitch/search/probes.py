@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from bitswitch.errors import UserError
 from bitswitch.search.passes import TRACED, Layer, LossFunction, Pass, Values, forward, products, reached
-from bitswitch.search.samples import apply, batched, each, masked, rows, separate, squares
+from bitswitch.search.samples import apply, batched, each, masked, rows, separate, squares, weight_gradient
 
 Kind = Literal["output", "weight"]
 
 _PLAIN = tuple(kind.forward for kind in TRACED)
 # S is decomposed for every sample: with more outputs than this that costs more than all else.
 _MOST_OUTPUTS = 1024
+# How far two ways to one gradient may be apart, as a share of it.
+_ROUNDING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -221,26 +223,85 @@ def prober(
         UserError: the loss does not depend on a layer although it is `named`, or on none.
     """
     plain = frozenset(name for name, layer in layers.items() if type(layer).forward in _PLAIN)
-    run = forward(model, loss_fn, batch, plain, layers, cut=True)
-    if run.leaf is None or not reached([run.loss], {"output": [run.leaf]}):
-        run = forward(model, loss_fn, batch, plain, layers, cut=False)
-    ends = [run.loss] if run.output is None else [run.loss, run.output]
-    by_others = reached(ends, {name: [layer.weight] for name, layer in layers.items()})
-    by_own = reached(ends, {name: [zeros for _, zeros in calls] for name, calls in run.calls.items()})
-    used = {name: layer for name, layer in layers.items() if name in by_others | by_own}
-    if named and len(used) < len(layers):
-        raise UserError(f"the loss does not depend on layer {next(name for name in layers if name not in used)!r}")
-    if not used:
-        raise UserError("the loss depends on no layer's weight")
+    gradients = _plain_gradients(model, loss_fn, batch, layers)
     owners = Counter(id(layer.weight) for layer in layers.values())
-    shifted = frozenset(
-        name
-        for name in by_own - by_others
-        if len(run.calls[name]) == owners[id(layers[name].weight)] == 1 and batched(layers[name], run.inputs(name))
-    )
-    found = Prober(model, loss_fn, seed, used, shifted)
-    run = replace(run, knobs={name: knob for name, knob in run.knobs.items() if name in used})
+    run, used, shifted = None, {name for name, gradient in gradients.items() if gradient is not None}, frozenset[str]()
+    for cut in (True, False):
+        run = _watched(model, loss_fn, batch, plain, layers, cut=cut)
+        if run is None or (cut and (run.leaf is None or not reached([run.loss], {"output": [run.leaf]}))):
+            continue
+        ends = [run.loss] if run.output is None else [run.loss, run.output]
+        by_others = reached(ends, {name: [layer.weight] for name, layer in layers.items()})
+        by_own = reached(ends, {name: [zeros for _, zeros in calls] for name, calls in run.calls.items()})
+        used |= by_others | by_own
+        single = {
+            name
+            for name in by_own - by_others
+            if len(run.calls[name]) == owners[id(layers[name].weight)] == 1 and batched(layers[name], run.inputs(name))
+        }
+        shifted = frozenset(name for name in single if _is_moved_right(run, name, layers[name], gradients[name]))
+        if shifted == single:
+            break
+    of_loss = {name: layer for name, layer in layers.items() if name in used}
+    if named and len(of_loss) < len(layers):
+        raise UserError(f"the loss does not depend on layer {next(name for name in layers if name not in of_loss)!r}")
+    if not of_loss:
+        raise UserError("the loss depends on no layer's weight")
+    found = Prober(model, loss_fn, seed, of_loss, shifted)
+    if run is None:
+        return found
+    run = replace(run, knobs={name: knob for name, knob in run.knobs.items() if name in of_loss})
     return found.with_outputs(run) or found.with_samples(batch)
+
+
+def _plain_gradients(
+    model: nn.Module, loss_fn: LossFunction, batch: Any, layers: Mapping[str, Layer]
+) -> dict[str, Tensor | None]:
+    """The derivative of the loss in every weight, of a forward that nothing watches; None where there is none."""
+    loss = forward(model, loss_fn, batch, frozenset(), layers, cut=False).loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise UserError(f"the loss is {given}: loss_fn(model, batch) must give one number, a scalar tensor")
+    if not loss.requires_grad:
+        return dict.fromkeys(layers)
+    found = torch.autograd.grad(loss.sum(), [layer.weight for layer in layers.values()], allow_unused=True)
+    return dict(zip(layers, found, strict=True))
+
+
+def _watched(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: Any,
+    plain: frozenset[str],
+    layers: Mapping[str, Layer],
+    *,
+    cut: bool,
+) -> Pass | None:
+    """A forward that is watched; None where it fails, as where the loss looks behind the outputs for what was cut off."""
+    try:
+        return forward(model, loss_fn, batch, plain, layers, cut=cut)
+    except RuntimeError:
+        # Not the network's own: it has just run.
+        return None
+
+
+def _is_moved_right(run: Pass, name: str, layer: Layer, expected: Tensor | None) -> bool:
+    """Whether moving a layer's output is all that its weight does: not where a derivative in the inputs is part of the loss."""
+    zeros, ends, weights = run.calls[name][0][1], [run.loss], [torch.ones_like(run.loss)]
+    if run.leaf is not None and run.output is not None:
+        ends.append(run.output)
+        weights.append(torch.autograd.grad(run.loss, run.leaf, retain_graph=True, materialize_grads=True)[0])
+    reaching = [(end, weight) for end, weight in zip(ends, weights, strict=True) if end.requires_grad]
+    (gradient,) = torch.autograd.grad(
+        [end for end, _ in reaching],
+        zeros,
+        [weight for _, weight in reaching],
+        retain_graph=True,
+        materialize_grads=True,
+    )
+    found = weight_gradient(layer, run.inputs(name), gradient)
+    wanted = torch.zeros_like(found) if expected is None else expected
+    return bool((found - wanted).norm() <= _ROUNDING * wanted.norm())
 
 
 def summary(values: Tensor) -> tuple[float, float, float]:

@@ -44,13 +44,13 @@ def squares(layer: Layer, inputs: Tensor, gradients: Tensor, count: int) -> Tens
     """Of every sample, the squared norm of the derivative in the layer's weight, from that in the layer's outputs."""
 
     def square(x: Tensor, gradient: Tensor) -> Tensor:
-        derivative = _weight_gradient(layer, x, gradient).flatten()
+        derivative = weight_gradient(layer, x, gradient).flatten()
         return derivative.dot(derivative)
 
     return each(square, inputs.unflatten(0, (count, -1)), gradients.unflatten(0, (count, -1))).double()
 
 
-def _weight_gradient(layer: Layer, inputs: Tensor, gradients: Tensor) -> Tensor:
+def weight_gradient(layer: Layer, inputs: Tensor, gradients: Tensor) -> Tensor:
     """The derivative in the layer's weight, from that in its outputs."""
     if isinstance(layer, nn.Linear):
         return gradients.flatten(0, -2).T @ inputs.flatten(0, -2)

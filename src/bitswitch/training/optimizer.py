@@ -51,7 +51,13 @@ class MultiPrecisionOptimizer:
             raise UserError(f"alrs={alrs!r}: use one of {', '.join(get_args(AlrsForm))}")
         if not (lr > 0 and (scale_lr is None or scale_lr > 0) and weight_decay >= 0 and clip > 0):
             raise UserError("lr, scale_lr and clip are greater than 0, weight_decay is not negative")
-        self.widths = next(iter(quantized_layers(model).values())).widths
+        lists = {layer.widths: name for name, layer in quantized_layers(model).items()}
+        if len(lists) > 1:
+            told = ", ".join(f"{name} {list(widths)}" for widths, name in lists.items())
+            raise UserError(
+                f"layers have other widths than others ({told}): quantize them together, or train them apart"
+            )
+        self.widths = next(iter(lists))
         self.lr = lr
         self.scale_lr = lr if scale_lr is None else scale_lr
         self.alrs = alrs
@@ -145,11 +151,31 @@ class MultiPrecisionOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        if self._weights is not None:
-            self._weights.load_state_dict(state["weights"])
-        self._scales.load_state_dict(state["scales"])
+        """The inverse of `state_dict`: what Adam remembers, and `factor`; rates and weight decay stay this optimizer's own.
+
+        Raises:
+            UserError: it is of other parameters: some were frozen then and are not now, or the other way round.
+        """
+        optimizers = [(self._weights, state["weights"]), (self._scales, state["scales"])]
+        if any(_sizes(optimizer) != _sizes_of(saved) for optimizer, saved in optimizers):
+            raise UserError(
+                "the state is of an optimizer of other parameters: freeze the same ones before both are made, or after"
+            )
+        for optimizer, saved in optimizers:
+            if optimizer is not None:
+                decays = [group["weight_decay"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(saved)
+                for group, decay in zip(optimizer.param_groups, decays, strict=True):
+                    group["weight_decay"] = decay
         self.factor = state["factor"]
+
+
+def _sizes(optimizer: torch.optim.Optimizer | None) -> list[int]:
+    return [] if optimizer is None else [len(group["params"]) for group in optimizer.param_groups]
+
+
+def _sizes_of(saved: Mapping[str, Any] | None) -> list[int]:
+    return [] if saved is None else [len(group["params"]) for group in saved["param_groups"]]
 
 
 def _scales(model: nn.Module) -> dict[str, list[nn.Parameter]]:
