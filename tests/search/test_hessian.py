@@ -490,7 +490,8 @@ def test_ranks_share_the_batches(tmp_path):
         seen.append([json.loads(path.read_text()) for path in sorted(out.iterdir())])
     (one,), (two, other) = seen
     assert two["traces"] == other["traces"] and two["rounds"] == one["rounds"] and len(one["rounds"]) > 1
-    assert len(one["visited"]) == 5 * len(one["rounds"]) + 1  # the first batch, to see how the model can be probed
+    # The first batch, unwatched and watched, to see how the model can be probed.
+    assert len(one["visited"]) == 5 * len(one["rounds"]) + 2
     assert len(two["visited"]) < len(one["visited"]) > len(other["visited"])
     for layer, (mean, error) in one["traces"].items():
         assert two["traces"][layer] == pytest.approx([mean, error], rel=1e-9)
