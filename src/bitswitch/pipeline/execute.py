@@ -1,7 +1,5 @@
 """Which stages are done, which can be taken up, and doing them in order."""
 
-import contextlib
-import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,17 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from bitswitch import files
-from bitswitch.config import PretrainPart, QuantizedPart, Recipe, to_yaml
+from bitswitch.config import Recipe, to_yaml
 from bitswitch.data import DataSet
-from bitswitch.errors import UserError, nearest
-from bitswitch.models import build, load_weights
-from bitswitch.nn import quantized_layers
-from bitswitch.pipeline import subnets, training
-from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, about, build_network, open_data, quantized
+from bitswitch.errors import UserError
+from bitswitch.pipeline import checks, subnets, training
+from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, open_data
 from bitswitch.rundir import RunDirectory, changes
 from bitswitch.training.distributed import barrier, from_first
 from bitswitch.training.loop import seed_all
@@ -144,9 +138,9 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
             )
     for stage in stages:
         if not _is_done(run, records.get(stage)):
-            _check_micro_batches(run, data, stage)
+            checks.check_micro_batches(run, data, stage)
     if not _is_done(run, records.get("pretrain")):
-        _check_network(run, data, stages)
+        checks.check_network(run, data, stages)
     if "search" in stages:
         subnets.check(run, data)
     run.directory.write_records(records)
@@ -163,18 +157,6 @@ def _check_parts(run: Run, stages: Sequence[str]) -> None:
             raise UserError(f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet")
 
 
-def _check_micro_batches(run: Run, data: DataSet, stage: str) -> None:
-    part, ranks = getattr(run.recipe, stage), run.world.size
-    if isinstance(part, PretrainPart | QuantizedPart) and part.epochs:
-        # As `training_batches` makes them.
-        rank_batch = min(part.batch_size, data.size("train") // ranks * ranks) // ranks
-        if rank_batch % part.micro_batches:
-            raise UserError(
-                f"{stage}.micro_batches={part.micro_batches}: a rank's batch of {rank_batch} images cannot be divided into so "
-                "many equal parts"
-            )
-
-
 def _needed(stages: Sequence[str]) -> list[str]:
     """These stages and all whose products they read, in order."""
     wanted = set(stages)
@@ -182,71 +164,6 @@ def _needed(stages: Sequence[str]) -> list[str]:
         if name in wanted:
             wanted |= set(_STAGES[name].after)
     return [name for name in STAGES if name in wanted]
-
-
-def _check_network(run: Run, data: DataSet, stages: Sequence[str]) -> None:
-    """Refuse a network that does not fit the data, or cannot be quantized, before hours are spent on it."""
-    name = run.recipe.model.name
-    network, images = build_network(run.recipe, data).eval(), data.sample(2)
-    if any(is_lazy(parameter) for parameter in network.parameters()):
-        raise UserError(f"{name} has lazy modules, whose checkpoints cannot be read again: give them their sizes")
-    for key, value in network.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise UserError(
-                f"{name} has {key!r}, a {type(value).__name__}, in its state: a checkpoint holds tensors alone"
-            )
-    if run.recipe.pretrain.checkpoint:
-        load_weights(network, run.recipe.pretrain.checkpoint)
-    try:
-        with torch.no_grad():
-            logits = network(images)
-    except Exception as error:
-        # Whatever the user's module does.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"{name} cannot take images of {list(images.shape[1:])}: {reason}") from error
-    _check_logits(run, data, logits, "")
-    # Some need more images than these two when they train.
-    with contextlib.suppress(Exception):
-        logits = build(**about(run, data)["network"])(images)
-    _check_logits(run, data, logits, " in training")
-    _check_weights(run, data, network, images)
-    if "train" in stages:
-        layers = quantized_layers(quantized(run, data, network, images=2))
-        for layer in itertools.chain.from_iterable(run.recipe.search.tied if "search" in stages else ()):
-            if layer not in layers:
-                raise UserError(f"search.tied: no layer that is quantized is named {layer!r}{nearest(layer, layers)}")
-
-
-def _check_logits(run: Run, data: DataSet, logits: Any, when: str) -> None:
-    name = run.recipe.model.name
-    if not isinstance(logits, Tensor):
-        raise UserError(
-            f"{name} gives a {type(logits).__name__}{when}, and a tensor of logits, [images, classes], is needed: turn off "
-            "what else it gives in model.args (aux_logits=false), or name a function of your own that wraps it"
-        )
-    if logits.dim() != 2 or logits.shape[1] != len(data.classes):
-        raise UserError(
-            f"{name} gives {list(logits.shape[1:])} outputs for an image{when}, {data.name} has {len(data.classes)} classes: "
-            "set the number of classes in model.args"
-        )
-
-
-@torch.no_grad()
-def _check_weights(run: Run, data: DataSet, network: nn.Module, images: Tensor) -> None:
-    """Refuse trained weights that come with an architecture of their own: checkpoints and artifacts are built without."""
-    if run.recipe.model.args.get("weights") is None:
-        return
-    plain = build(**about(run, data)["network"]).eval()
-    try:
-        plain.load_state_dict(network.state_dict())
-        same = torch.equal(plain(images), network(images))
-    except RuntimeError:
-        same = False
-    if not same:
-        raise UserError(
-            f"{run.recipe.model.name} is another network with weights={run.recipe.model.args['weights']} than without: set "
-            "in model.args what else these weights change (transform_input, aux_logits, image_size), too"
-        )
 
 
 def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
