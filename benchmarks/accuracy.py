@@ -108,10 +108,12 @@ OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 VARIANTS |= {OURS: TAUGHT_ALONE}
 VARIANTS |= {f"{OURS}-{name}": (*TAUGHT_ALONE, *overrides) for name, overrides in (BESIDE | WITHOUT).items()}
 # Every width in every step.
-ALL = "kd-float-alone-scale-lr-2e-3-hot"
-VARIANTS |= {ALL: (*TAUGHT, "train.scale_lr=2e-3", "train.distillation.weight=1", *HOT)}
+ALL = "kd-float-alone-scale-lr-2e-3"
+TAUGHT_ALL = (*TAUGHT, "train.scale_lr=2e-3", "train.distillation.weight=1")
+VARIANTS |= {ALL: TAUGHT_ALL, f"{ALL}-hot": (*TAUGHT_ALL, *HOT)}
 VARIANTS |= {
-    f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant]) for variant in ("paper", "lsq", ALL, f"{OURS}-hot")
+    f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant])
+    for variant in ("paper", "lsq", ALL, f"{ALL}-hot", f"{OURS}-hot")
 }
 # Two of three widths a step, for as many forwards as the ten epochs of the others have.
 VARIANTS[f"{OURS}-hot-432"] += ("train.epochs=15",)
@@ -123,7 +125,7 @@ _SCREENED = (
 _DECIDED = (
     *("paper", "lsq", "ours", OURS + TWICE),
     *(f"{OURS}-{name}{TWICE}" for name in ("centred", "hot", "per-channel", "lsq")),
-    *("paper-432", "lsq-432", f"{ALL}-432", f"{OURS}-hot-432"),
+    *("paper-432", "lsq-432", f"{ALL}-432", f"{ALL}-hot-432", f"{OURS}-hot-432"),
     *("lsq-8-alone", "lsq-4-alone", "lsq-2-alone", "adabits", "bit-mixer"),
 )
 QUEUE = (
