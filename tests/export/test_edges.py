@@ -1,6 +1,7 @@
 """Networks at the edges of what is exported: filters all but gone, closed channels, heads without a norm or a bias."""
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ import bitswitch as bs
 from bitswitch.errors import UserError
 from bitswitch.export.onnx import export_file
 from bitswitch.runtime import Session
+from bitswitch.runtime.source import read
 from bitswitch.runtime.whole_bias import whole_bias
 
 BITS = (8, 6, 4, 2)
@@ -134,3 +136,48 @@ def test_a_network_may_answer_the_same_to_everything(tmp_path):
         network.norm2.bias.fill_(0.3)
     model = bs.quantize(network, bits=BITS, example_inputs=x).eval()
     bs.save(model, tmp_path / "m.safetensors", example_inputs=x)
+
+
+class Gated(nn.Module):
+    """Its third convolution sees one pixel of each image, and what it gives is multiplied."""
+
+    def __init__(self, conv, groups):
+        super().__init__()
+        self.stem, self.squeeze = conv(3, 16, 3, padding=1), conv(16, 8, 1)
+        self.excite, self.head = conv(8, 16, 1, groups=groups), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        pixels = tuple(range(2, x.ndim))
+        gate = self.excite(self.squeeze(x.mean(pixels, keepdim=True)).relu())
+        return self.head((x * gate).mean(pixels))
+
+
+@pytest.mark.parametrize(
+    ("conv", "groups", "kind"), [(nn.Conv2d, 1, "sums"), (nn.Conv2d, 8, "int32"), (nn.Conv1d, 1, "int32")]
+)
+def test_a_range_is_not_taken_from_a_few_results(tmp_path, conv, groups, kind):
+    """With eight bits in a range that four images showed, new ones lose what lies beyond it."""
+    torch.manual_seed(0)
+    shape = (3, 8, 8) if conv is nn.Conv2d else (3, 64)
+    # Images that differ in what they have for a mean, which is all that the gate sees.
+    images = torch.randn(200, *shape) + 2 * torch.randn(200, 3, *(1,) * (len(shape) - 1))
+    few, new, path = images[:4], images[4:], tmp_path / "m.safetensors"
+    model = bs.quantize(Gated(conv, groups).eval(), bits=BITS, example_inputs=images).eval()
+    bs.save(model, path, example_inputs=few)
+    kinds = {product.layer: product.kind for product in read(path).bindings.products}
+    assert kinds["excite"] == kind
+    for width in BITS:
+        with torch.no_grad(), bs.switched(model, width):
+            wanted = model(new).numpy()
+        noise = np.square(Session(path, bits=width).run(new.numpy()) - wanted).sum()
+        assert noise < 1e-4 * np.square(wanted).sum(), width
+    with torch.no_grad(), bs.switched(model, 4):
+        wanted = model(new).numpy()
+    export_file(path, tmp_path / "4.onnx", wanted=4, weights="int4")
+    session = onnxruntime.InferenceSession(tmp_path / "4.onnx")
+    noise = np.square(session.run(None, {session.get_inputs()[0].name: new.numpy()})[0] - wanted).sum()
+    assert noise < 1e-4 * np.square(wanted).sum()
+    bs.save(model, path, example_inputs=images)
+    kinds = {product.layer: product.kind for product in read(path).bindings.products}
+    assert kinds["excite"] == ("bytes or sums" if kind == "sums" else "branch")

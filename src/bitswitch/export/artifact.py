@@ -49,12 +49,12 @@ def save(
         classes: names in the order of the logits.
         provenance: plain JSON values, kept as they are.
         frontier: choices, as frontier.json lists them, from which `load(assignment="avg<=4")` picks.
-        example_inputs: what the network is called with, a batch of real data: the network's graph is exported with it and
-            stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and `runtime`. Where it
-            is not given, a model that was loaded and has not changed keeps the graph of its file.
+        example_inputs: what the network is called with, a batch of real data, better 64 images than 4: the network's graph is
+            exported with it and stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and
+            `runtime`. Where it is not given, a model that was loaded and has not changed keeps the graph of its file.
         additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`, where every layer has
-            8 bits or nothing is lost; or "exact", which keeps the sums of all convolutions but those grouped and 1-d
-            ones that one layer alone reads.
+            8 bits or nothing is lost, and `example_inputs` show 64 results of each channel; or "exact", which keeps the sums
+            of all convolutions but those grouped and 1-d ones that one layer alone reads.
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be

@@ -42,12 +42,12 @@ def _is_read(value: ir.Value) -> bool:
 
 
 def end_in_bytes(lowering: Lowering, ranges: Mapping[int, Ranges]) -> None:
-    """Give the results of `branches` 8 bits, and let them end in floats where a byte would be too coarse.
+    """Give the results of `branches` that have ranges 8 bits, and let them end in floats where a byte would be too coarse.
 
     Beside codes of 8 bits it is fine, beside codes of 2 bits mostly exact; beside codes of 6 bits its rounding turns so many
     over that a network answers otherwise, and so does that of the whole biases of the other convolutions, which get both forms,
     too. Which of them it is, ONNX Runtime decides when a graph is loaded: an If on a constant. Convolutions that are no matrix
-    product of patches end in bytes at every width.
+    product of patches end in bytes at every width. `branches` without ranges end in floats that their sums give exactly.
 
     Args:
         lowering: of `lower_layers`.
@@ -60,6 +60,8 @@ def end_in_bytes(lowering: Lowering, ranges: Mapping[int, Ranges]) -> None:
                 kind = "bytes or sums"
                 nodes = [_either(lowering, site, "alike", _bytes(lowering, site), nodes)]
                 nodes = [_either(lowering, site, "in_bytes", nodes, sums_of_patches(lowering, site.product, site.node))]
+        elif site.reader is None:
+            kind, nodes = _exact(lowering, site)
         elif site.is_image:
             kind, nodes = "conv", _codes(site)
             if site.has_patches:
@@ -70,7 +72,7 @@ def end_in_bytes(lowering: Lowering, ranges: Mapping[int, Ranges]) -> None:
         product = replace(site.product, kind=kind)
         if i in ranges:
             product = replace(product, ranges=ranges[i].channels, common_ranges=ranges[i].common)
-        _put(lowering, i, site, product, nodes, codes=i not in ranges)
+        _put(lowering, i, site, product, nodes, codes=site.reader is not None)
     sink(lowering.graph, TO_FIRST)
 
 
@@ -81,10 +83,8 @@ def end_in_sums(lowering: Lowering) -> None:
     quantizer reads them they stay convolutions between bytes, whose bias is a whole number.
     """
     for i, site in _sites(lowering).items():
-        if site.has_patches:
-            kind, nodes = "sums", sums_of_patches(lowering, site.product, site.node)
-        elif site.reader is None:
-            kind, nodes = "int32", _int32(lowering, site)
+        if site.has_patches or site.reader is None:
+            kind, nodes = _exact(lowering, site)
         elif site.is_image:
             kind, nodes = "conv", _codes(site)
         else:
@@ -256,6 +256,13 @@ def end_in_floats(lowering: Lowering) -> None:
         node.replace_input_with(2, lowering.constant(f"{product.prefix}.bias"))
         remove_dead(lowering.graph, None if rounded is None else rounded.producer())
         lowering.products[i] = (replace(product, kind="float"), value)
+
+
+def _exact(lowering: Lowering, site: _Site) -> tuple[str, list[ir.Node]]:
+    """A convolution that ends in floats, exactly, and its kind."""
+    if site.has_patches:
+        return "sums", sums_of_patches(lowering, site.product, site.node)
+    return "int32", _int32(lowering, site)
 
 
 def _int32(lowering: Lowering, site: _Site) -> list[ir.Node]:

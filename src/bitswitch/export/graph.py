@@ -36,6 +36,8 @@ _DISTURBANCE = 2.0**-8
 _HALF = (torch.float16, torch.bfloat16)
 # How far the range of a channel reaches beyond what the example inputs showed, either way.
 _ROOM = 0.1
+# Fewer results of a channel than this, as behind a global pooling there is one for each image, do not show its range.
+_FEWEST = 64
 # Shares of what they showed that are tried as the range of all channels, on so many results.
 _SHARES, _SEEN = np.linspace(1, 0.3, 15), 2**18
 
@@ -120,7 +122,7 @@ def integer_graph(
 
 
 def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, Ranges]:
-    """By index of a branch, the ranges of its results at every width."""
+    """By index of a branch, the ranges of its results at every width; none of those that the inputs show too little of."""
     found: dict[int, list[tuple[ChannelRange, Range]]] = {i: [] for i in branches(lowering)}
     if not found:
         return {}
@@ -136,10 +138,12 @@ def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, Ranges]:
         assignment = dict.fromkeys((layer.name for layer in header.layers), width)
         executable = Executable(stored(graph), graph.arrays(assignment), optimize=False)
         for i, result in zip(found, executable.run(_numpy(inputs)), strict=True):
-            found[i].append((_extremes(result), _common_range(result)))
+            if result.size // result.shape[1] >= _FEWEST:
+                found[i].append((_extremes(result), _common_range(result)))
     return {
         i: Ranges(tuple(channels for channels, _ in widths), tuple(common for _, common in widths))
         for i, widths in found.items()
+        if widths
     }
 
 

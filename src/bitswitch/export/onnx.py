@@ -147,7 +147,9 @@ def _check(weights: str) -> None:
 def packed_products(bindings: Bindings, assignment: Mapping[str, int], weights: Weights) -> list[Product]:
     """The products whose weights a file packs into fewer bits than 8."""
     bits = _BITS[weights]
-    return [p for p in bindings.products if bits < 8 and assignment[p.layer] <= bits and p.kind != "int32"]
+    return [
+        p for p in bindings.products if bits < 8 and assignment[p.layer] <= bits and p.kind not in ("int32", "sums")
+    ]
 
 
 def _end_in_floats(graph: ir.Graph, product: Product) -> None:
@@ -171,7 +173,8 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
     arrays = graph.arrays(assignment, filled=lambda width: width > bits or bits == 8)
     products = packed_products(graph.bindings, assignment, weights)
     packed = {f"{product.prefix}.{key}" for product in products for key in ("codes", "zero")}
-    if any(product.kind == "sums" for product in products):
+    sums = [p for p in graph.bindings.products if p.kind == "sums" and assignment[p.layer] <= bits < 8]
+    if sums and graph.bindings.additions == "exact":
         # They are products of matrices of patches, and ONNX Runtime shapes no packed weights into a matrix.
         raise UserError(f"weights={weights!r}: the stored graph keeps exact sums, for int8 weights alone; use int8")
     decide(graph.model.graph, arrays)
