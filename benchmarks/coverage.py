@@ -8,6 +8,7 @@ estimate has no error are left out.
 """
 
 import argparse
+import importlib
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import result
 from bitswitch.search import hessian_trace
 
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "search"))
-from test_hessian import case
+case: Any = importlib.import_module("test_hessian").case
 
 # The network, how many of its batches (all where None), and the target.
 RUNS = [

@@ -9,6 +9,7 @@ mean times the factor, the variance times its square, which is what re-calibrati
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ def main() -> None:
     options = parser.parse_args()
     header = bs.artifact.read_header(options.file)
     data = accuracy.images_for(header, options.data)
-    rows, plain = [], []
+    rows: list[list[float]] = []
+    plain: list[Tensor] = []
     for factor in FACTORS:
         model = multiplied(bs.load(options.file), factor)
         predictions: list[Tensor] = []
@@ -62,7 +64,7 @@ def main() -> None:
     )
 
 
-def norms(model: nn.Module) -> list[nn.Module]:
+def norms(model: nn.Module) -> list[Any]:
     """The batch normalization behind every quantized convolution: in ResNet20 bn1 of conv1, bn2 of conv2."""
     return [model.get_submodule(name.replace("conv", "bn")) for name in quantized_layers(model)]
 

@@ -18,6 +18,7 @@ on a graph that is there already; "weights" are ours where outputs and loss cann
 import argparse
 import contextlib
 import functools
+import importlib
 import io
 import math
 import statistics
@@ -42,7 +43,7 @@ from bitswitch.search.probes import Signs, prober
 
 warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
 with contextlib.redirect_stdout(io.StringIO()):
-    from pyhessian import hessian as PyHessian
+    PyHessian: Any = importlib.import_module("pyhessian").hessian
 
 Batch = tuple[Tensor, Tensor]
 TARGET, HEAVY = 0.1, 0.01
@@ -114,13 +115,14 @@ def probed(found: Any, probes: int) -> list[float]:
 
 
 def one_layer(
-    model: nn.Module, batches: list[Batch], weight: nn.Parameter, trace: float, fewest: int, most: int
+    model: nn.Module, batches: list[Batch], weight: Tensor, trace: float, fewest: int, most: int
 ) -> dict[str, Any]:
     """PyHessian's times and probes for one weight: as many as it needs, or `most`."""
     for parameter in model.parameters():
         parameter.requires_grad_(parameter is weight)
     setup, found = seconds(lambda: rival(model, batches))
-    elapsed, values, wanted = 0.0, [], min(fewest, most)
+    values: list[float] = []
+    elapsed, wanted = 0.0, min(fewest, most)
     while len(values) < wanted:
         took, more = seconds(functools.partial(probed, found, wanted - len(values)))
         elapsed, values = elapsed + took, values + more

@@ -10,6 +10,7 @@ command run by the reader (an audit hook counts them).
 """
 
 import argparse
+import functools
 import gc
 import json
 import random
@@ -34,7 +35,7 @@ from bitswitch.errors import UserError
 SLOW_SECONDS = 1.0
 MEMORY_BYTES = 1 << 29
 NUMBERS = [0, -1, 1, 2, 7, 255, 2**31, 2**32, 2**40, 2**47, 2**48, 2**63 - 1, 2**64, 10**30, 1.5, 1e308]
-ABSURD = [*NUMBERS, True, None, "", "8", [], {}]
+ABSURD: list[Any] = [*NUMBERS, True, None, "", "8", [], {}]
 Tensors = dict[str, np.ndarray]
 
 
@@ -42,7 +43,8 @@ def write_base(path: Path, seed: int, widths: tuple[int, ...], *, graph: bool, p
     """A small artifact that has something of everything."""
     generator = np.random.default_rng(seed)
     low, high = signed_range(widths[0])
-    layers, tensors = [], {}
+    layers: list[artifact.LayerEntry] = []
+    tensors: Tensors = {}
     for name, shape, kind in (("conv", (4, 3, 3, 3), "unsigned"), ("fc", (5, 11), "zero_point"), ("", (7,), "signed")):
         errors = {width: float(generator.random()) for width in widths}
         entry = artifact.LayerEntry(name=name, shape=shape, bits=widths[0], input=kind, squared_error=errors)
@@ -257,6 +259,10 @@ def same(tensors: Tensors, expected: Tensors) -> bool:
     )
 
 
+def _read_part(path: Path, planes: int) -> Any:
+    return artifact.read_part(path, lambda _: planes)
+
+
 def attempt(read: Callable[[], Any]) -> tuple[str | None, Any]:
     """What became of a read, if it gave nothing; or what it gave."""
     try:
@@ -286,7 +292,7 @@ def outcome(base: Base, path: Path, kind: str, size: int) -> str:
     whole = {} if held else found[1]
     for width in base.header.widths:
         planes = bits_read(high, width)
-        part, found = attempt(lambda planes=planes: artifact.read_part(path, lambda _: planes))
+        part, found = attempt(functools.partial(_read_part, path, planes))
         if part not in (None, "refused") or (part is None) != (width in served):
             return f"FAILED: {width} bits of a file cut off after {size} bytes: {part}"
         for tensors in (found[1], whole) if part is None else ():
@@ -335,7 +341,9 @@ def run(folder: Path, files: int, seed: int, kinds: list[str], watch: Watch | No
         For every kind: how many files, {outcome: how many}, the longest time in seconds, and the first failure.
     """
     made, path = bases(folder), folder / "damaged"
-    rows = {kind: {"kind": kind, "files": 0, "outcomes": Counter(), "worst": 0.0, "failure": None} for kind in kinds}
+    rows: dict[str, dict[str, Any]] = {
+        kind: {"kind": kind, "files": 0, "outcomes": Counter(), "worst": 0.0, "failure": None} for kind in kinds
+    }
     for number in range(files):
         draw = random.Random(f"{seed} {number}")
         base, kind = made[number // len(kinds) % len(made)], kinds[number % len(kinds)]

@@ -11,6 +11,7 @@ long a switch between ready sessions takes, and eight threads that run while one
 """
 
 import argparse
+import functools
 import statistics
 import tempfile
 import threading
@@ -84,7 +85,7 @@ def sides(folder: Path, name: str, additions: tuple[str, ...], threads: int) -> 
         *zip(ORT_SIDES, (own, own, same), (True, False, False), strict=True),
     ):
         session = ort_session(path, precise=precise, threads=threads)
-        found[side] = lambda session=session: session.run(None, {"x": x})
+        found[side] = functools.partial(session.run, None, {"x": x})
     quantized = bs.quantize(model, example_inputs=images).eval()
     for kind in additions:
         path = folder / f"{name}-{kind}.safetensors"
@@ -93,7 +94,7 @@ def sides(folder: Path, name: str, additions: tuple[str, ...], threads: int) -> 
             report = graph_report(path, width)
             assert report["integer"] == report["layers"], report
             ours = Session(path, bits=width, threads=threads)
-            found[f"{width} bits, {kind}"] = lambda ours=ours: ours.run(x)
+            found[f"{width} bits, {kind}"] = functools.partial(ours.run, x)
     return found, folder / f"{name}-{additions[0]}.safetensors"
 
 

@@ -14,6 +14,7 @@ scale for each row; it learns no scale.
 
 import argparse
 import copy
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -89,7 +90,7 @@ def quantized_steps(case: Case, model: nn.Module, x: Tensor, y: Tensor) -> dict[
             case.backward(forward, x, y)
         optimizer.step(width)
 
-    return {f"{width} bits": lambda width=width: step(width) for width in WIDTHS}
+    return {f"{width} bits": functools.partial(step, width) for width in WIDTHS}
 
 
 def brevitas_network(model: nn.Module, names: list[str]) -> nn.Module:
@@ -126,7 +127,7 @@ def torchao_network(model: nn.Module, names: list[str]) -> nn.Module:
     model = copy.deepcopy(model)
     config = qat.QATConfig(
         activation_config=qat.IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
-        weight_config=qat.IntxFakeQuantizeConfig(torch.int4, "per_channel"),
+        weight_config=qat.IntxFakeQuantizeConfig(torch.int4, "per_channel"),  # type: ignore[attr-defined]
         step="prepare",
     )
     torchao.quantize_(model, config, filter_fn=lambda _, name: name in names)

@@ -122,9 +122,7 @@ def main() -> None:
             measured.append(sizes(path))
             rows += measure(bs.load(path), options.pairs)
             for part in (bits[0], bits[-1]):
-                measured[-1][f"load_ms_{part}_bits"] = milliseconds(
-                    lambda path=path, part=part: bs.load(path, bits=part)
-                )
+                measured[-1][f"load_ms_{part}_bits"] = milliseconds(functools.partial(bs.load, path, bits=part))
     for line in [COLUMNS, *rows]:
         print(" | ".join(f"{cell:.2f}" if isinstance(cell, float) else cell for cell in line))
     for size in measured:
