@@ -230,8 +230,14 @@ class Answering(Aliased):
 
 @pytest.mark.parametrize(
     "answer",
-    [lambda y: {"out": y}, lambda y: ((y, y + 1), y.mean(1)), lambda y: [[y]]],
-    ids=["dict", "nested", "lists"],
+    [
+        lambda y: {"out": y},
+        lambda y: ((y, y + 1), y.mean(1)),
+        lambda y: [[y]],
+        lambda y: (y, torch.ones(3)),
+        lambda y: (y, torch.fft.rfft(y)),
+    ],
+    ids=["dict", "nested", "lists", "constant", "complex"],
 )
 def test_results_in_any_structure(tmp_path, answer):
     x = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
@@ -343,6 +349,18 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, concatena
     with pytest.raises(UserError, match="does not compute"):
         bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
     assert (tmp_path / "m.onnx").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_every_result_is_held_against_the_model(tmp_path, monkeypatch):
+    x = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model = quantized(functools.partial(Answering, lambda y: {"label": y.argmax(1), "first": y + 1, "second": y}), x)
+    bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
+    run = graph_module.Executable.run
+    monkeypatch.setattr(
+        graph_module.Executable, "run", lambda self, inputs: [*run(self, inputs)[:-1], -run(self, inputs)[-1]]
+    )
+    with pytest.raises(UserError, match="does not compute"):
+        bs.export_onnx(model, tmp_path / "n.onnx", example_inputs=x)
 
 
 @pytest.mark.parametrize("from_file", [False, True])

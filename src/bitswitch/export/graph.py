@@ -224,30 +224,33 @@ def hold_against(
         UserError: it computes something else.
     """
     expected = _results(model, assignment, inputs)
-    noise = np.square(executable.run(_numpy(inputs))[0] - expected).sum()
-    whole = np.square(expected).sum()
-    signal = np.square(expected - (expected.mean(0) if expected.ndim and len(expected) > 1 else 0)).sum()
-    # Where it answers the same to every input, as to tokens that are all alike, the answer itself is the signal.
-    if signal <= _ROUNDING * whole:
-        signal = whole
-    if noise <= _GREATEST_NOISE * signal:
-        return
-    own_noise = np.square(_results(model, assignment, _disturbed(inputs)) - expected).sum()
-    if not noise <= _GREATEST_OWN_NOISE * own_noise:
-        widths = "/".join(map(str, sorted(set(assignment.values()), reverse=True)))
-        raise UserError(
-            f"the exported graph of this {type(model).__name__} does not compute what the model does at {widths} bits (noise "
-            f"{noise:.3g} beside {signal:.3g}): nothing was written; please report the network"
-        )
+    found = [result for result in executable.run(_numpy(inputs)) if result.dtype.kind == "f"]
+    disturbed = None
+    for number, (wanted, result) in enumerate(zip(expected, found, strict=True)):
+        noise = np.square(result - wanted).sum()
+        whole = np.square(wanted).sum()
+        signal = np.square(wanted - (wanted.mean(0) if wanted.ndim and len(wanted) > 1 else 0)).sum()
+        # Where it answers the same to every input, as to tokens that are all alike, the answer itself is the signal.
+        if signal <= _ROUNDING * whole:
+            signal = whole
+        if noise <= _GREATEST_NOISE * signal:
+            continue
+        disturbed = disturbed or _results(model, assignment, _disturbed(inputs))
+        if not noise <= _GREATEST_OWN_NOISE * np.square(disturbed[number] - wanted).sum():
+            widths = "/".join(map(str, sorted(set(assignment.values()), reverse=True)))
+            raise UserError(
+                f"the exported graph of this {type(model).__name__} does not compute what the model does at {widths} bits "
+                f"(noise {noise:.3g} beside {signal:.3g}): nothing was written; please report the network"
+            )
 
 
 @torch.no_grad()
-def _results(model: nn.Module, assignment: Mapping[str, int], inputs: tuple[Any, ...]) -> np.ndarray:
-    """The model's first result at an assignment, float64."""
+def _results(model: nn.Module, assignment: Mapping[str, int], inputs: tuple[Any, ...]) -> list[np.ndarray]:
+    """The model's results at an assignment, float64, without those of integers; complex ones as ONNX has them, in pairs."""
     with evaluating(model), switched(model, assignment):
-        results = model(*inputs)
-    first = next(leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor))
-    return first.double().cpu().numpy()
+        leaves = tree_leaves(model(*inputs))
+    results = (torch.view_as_real(x) if x.is_complex() else x for x in leaves if isinstance(x, Tensor))
+    return [x.double().cpu().numpy() for x in results if x.is_floating_point()]
 
 
 def _disturbed(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

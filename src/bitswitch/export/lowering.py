@@ -70,7 +70,9 @@ class Lowering:
     def bindings(self, additions: str) -> Bindings:
         """All that the graph leaves open, once it is rewritten; unused inputs that were parameters are dropped."""
         self.graph.sort()
-        for name in [name for name, value in self.graph.initializers.items() if not value.uses()]:
+        for name in [
+            name for name, value in self.graph.initializers.items() if not (value.uses() or value.is_graph_output())
+        ]:
             del self.graph.initializers[name]
         constants = []
         norms = {tensor_name(norm, key): norm for norm in self.header.norms for key in _NORM_PARTS}
