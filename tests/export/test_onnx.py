@@ -1,5 +1,6 @@
 import copy
 import functools
+import warnings
 
 import numpy as np
 import onnx
@@ -349,6 +350,26 @@ def test_a_graph_that_computes_something_else_is_not_written(tmp_path, concatena
     with pytest.raises(UserError, match="does not compute"):
         bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=x)
     assert (tmp_path / "m.onnx").read_bytes() == b"before" and len(list(tmp_path.iterdir())) == 1
+
+
+class Recurrent(nn.Module):
+    """Torch warns of the weights of its recurrent layer when they are exported, and of an axis that two inputs share."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gru, self.mid, self.last = nn.Linear(6, 8), nn.GRU(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x, y):
+        return self.last(self.mid(self.gru(self.first(x + y))[0]).relu())
+
+
+def test_torchs_own_warnings_are_not_the_users(tmp_path):
+    x = torch.randn(8, 5, 6, generator=torch.Generator().manual_seed(0))
+    model = bs.quantize(Recurrent().eval(), bits=(8, 4), example_inputs=(x, x), keep=("gru",)).eval()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        bs.save(model, tmp_path / "a", example_inputs=(x, x))
+    assert not [str(warning.message) for warning in found]
 
 
 def test_every_result_is_held_against_the_model(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,12 @@ from bitswitch.nn import QuantizedLayer, SwitchableBatchNorm
 
 # The opset whose QuantizeLinear and DequantizeLinear know 4-bit integers; ONNX Runtime 1.20 reads it.
 OPSET = 21
+# What torch's exporter warns of: its own functions and names, and weights of recurrent layers, which it lays out itself.
+_NOT_FOR_THE_USER = (
+    "_check_is_size will be removed",
+    "The tensor attributes? .* assigned during export",
+    "# The axis name",
+)
 
 
 def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapping[str, np.ndarray]) -> Any:
@@ -42,15 +49,18 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
     shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None for x in inputs)
     twin = float_twin(model)
     try:
-        program = torch.onnx.export(
-            twin,
-            inputs,
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=OPSET,
-            dynamic_shapes=shapes,
-        )
+        with warnings.catch_warnings():
+            for words in _NOT_FOR_THE_USER:
+                warnings.filterwarnings("ignore", words)
+            program = torch.onnx.export(
+                twin,
+                inputs,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+                opset_version=OPSET,
+                dynamic_shapes=shapes,
+            )
     except Exception as error:
         # The exporter raises many kinds of errors, all of which say that this network is not for it.
         # torch's own words come first and are of no network; the reason is what they were raised from.
