@@ -12,6 +12,7 @@ _Result = Mapping[str, Any]
 _SEEDS = 3
 # What is shown, in this order, and what a reader who does not know our names for it is told.
 _SELF, _PAPER, _LSQ = "bitswitch", "the paper's recipe", "LSQ jointly, float weights kept"
+_LSQ_TAUGHT = "LSQ jointly, trained as bitswitch's row is"
 _ALONE = "LSQ, a network for each width, float weights kept"
 LABELS = {
     f"{OURS}-twice-as-long": _SELF,
@@ -20,6 +21,7 @@ LABELS = {
     "paper-432": _PAPER,
     "lsq": _LSQ,
     "lsq-432": _LSQ,
+    f"{OURS}-lsq-twice-as-long": _LSQ_TAUGHT,
     **{f"lsq-{bits}-alone": _ALONE for bits in (8, 4, 2)},
 }
 
