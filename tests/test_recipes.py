@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bitswitch as bs
+from accuracy import ALL, OURS, VARIANTS
 from bitswitch import pipeline
 from bitswitch.config import load_recipe, recipe_names, to_yaml
 from bitswitch.errors import UserError
@@ -113,6 +114,13 @@ def test_the_papers_settings():
 def test_a_variant_is_an_override():
     one = load_recipe("cifar10-resnet20", ["bits=[4]", "train.method=lsq"])
     assert one.bits == (4,) and one.train.method == "lsq"
+
+
+@pytest.mark.parametrize(
+    ("name", "decided"), [("cifar10-resnet20-best", OURS), ("cifar10-resnet20-432-best", f"{ALL}-hot-432")]
+)
+def test_the_best_recipes_are_those_that_were_decided(name, decided):
+    assert load_recipe(name) == load_recipe("cifar10-resnet20", VARIANTS[decided])
 
 
 @pytest.mark.parametrize("name", SIZES)
