@@ -3,6 +3,7 @@ import functools
 import types
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -662,6 +663,42 @@ def test_what_is_changed_in_place_later_is_seen_as_it_was():
 
     quantized = quiet(InPlace(), data(64, 8))
     assert quantized.b.input_quantizer.kind != "unsigned"
+
+
+def unseen(x):
+    return torch.from_numpy(np.tanh(x.detach().numpy()))
+
+
+def assigned(x):
+    out = torch.zeros(len(x), 10, *x.shape[2:])
+    out[:, :8] = x
+    return out[:, :8]
+
+
+def written_to_a_view(x):
+    out = torch.zeros(len(x), 10, *x.shape[2:])
+    out.narrow(1, 0, 8).copy_(x)
+    return out[:, :8]
+
+
+@pytest.mark.parametrize("between", [F.silu, assigned, written_to_a_view, unseen])
+def test_norms_follow_the_layer_before_whatever_lies_between(between):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1) for i in range(4))
+            self.norms, self.last = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3)), nn.Linear(8, 5)
+
+        def forward(self, x):
+            x = self.convs[0](x)
+            for conv, norm in zip(self.convs[1:], self.norms, strict=True):
+                x = norm(between(conv(x)))
+            return self.last(x.mean((2, 3)))
+
+    plan = bs.quantize(Network(), bits=(8, 4), example_inputs=torch.randn(8, 3, 10, 10)).bitswitch_plan
+    assert plan.norms == {f"norms.{i}": f"convs.{i + 1}" for i in range(3)}
+    if between is not unseen:
+        assert plan.before == {"norms.0": None, "norms.1": "convs.1", "norms.2": "convs.2"}
 
 
 def test_a_state_of_other_meaning_is_not_loaded():

@@ -54,6 +54,16 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
     assert "batch_size=63 cannot be shared evenly by 2 ranks" in result.stderr
 
 
+def test_a_batch_normalization_of_ones_own_is_named():
+    class Own(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(nn.BatchNorm2d(3), Own(3), nn.SyncBatchNorm(3))
+    with pytest.warns(UserWarning, match=r"alone: Own keep"):
+        share_batch_norm(model, World(0, 2))
+    assert type(model[0]) is not nn.BatchNorm2d and type(model[1]) is Own
+
+
 def test_one_rank_shares_nothing():
     model = nn.BatchNorm2d(2)
     share_batch_norm(model, World())

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import bitswitch as bs
@@ -155,6 +156,64 @@ def test_a_state_of_other_parameters_is_refused(quantized):
         optimizer = bs.MultiPrecisionOptimizer(frozen(after))
         with pytest.raises(UserError, match="of other parameters"):
             optimizer.load_state_dict(state)
+
+
+def test_a_state_of_as_many_other_parameters_is_refused():
+    """Of other shapes, fused Adam would read what is not there; of the same, it would move the wrong weights."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    layers = [nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)]
+    quantized = bs.quantize(nn.Sequential(*layers), bits=(8, 4), example_inputs=x)
+    models = [copy.deepcopy(quantized) for _ in range(2)]
+    models[0][2].weight.requires_grad_(False)
+    models[1][4].weight.requires_grad_(False)
+    state, other = bs.MultiPrecisionOptimizer(models[0]).state_dict(), bs.MultiPrecisionOptimizer(models[1])
+    with pytest.raises(UserError, match="of other parameters"):
+        other.load_state_dict(state)
+    # What an earlier version wrote, and what a wrapper renamed, still goes on.
+    bs.MultiPrecisionOptimizer(models[0]).load_state_dict({key: state[key] for key in ("weights", "scales", "factor")})
+    bs.MultiPrecisionOptimizer(torch.compile(models[0])).load_state_dict(state)
+
+
+def test_an_offset_moves_at_the_rate_of_its_scale_however_steps_are_taken(images):
+    """Its own gradients, in units of the data, are beyond the 1 at which ALRS stands still."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    quantized = bs.quantize(
+        nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4)),
+        bits=(8, 2),
+        example_inputs=x,
+    )
+    rates = []
+    for how in ({"width": 2}, {"width": 2, "mixed": True}, {}):
+        model = copy.deepcopy(quantized)
+        optimizer = bs.MultiPrecisionOptimizer(model)
+        with bs.switched(model, 2):
+            model(x).square().mean().backward()
+        (offset,) = (p for name, p in model.named_parameters() if name.endswith("offset.2"))
+        offset.grad = torch.full_like(offset, 3.0)
+        optimizer.step(**how)
+        rates.append({g["name"]: float(g["lr"]) for g in optimizer._scales.param_groups})
+    for rate in rates:
+        assert rate["offset 2"] == pytest.approx(rate["inputs 2"]) and rate["offset 2"] > 4e-4
+
+
+def test_complex_parameters_are_trained_too():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mid, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.phase = nn.Parameter(torch.ones(8, dtype=torch.complex64))
+
+        def forward(self, x):
+            return self.last((self.mid(self.first(x).relu()) * self.phase).abs())
+
+    model = bs.quantize(Complex(), bits=(8, 4), example_inputs=torch.randn(16, 8))
+    before, optimizer = model.phase.detach().clone(), bs.MultiPrecisionOptimizer(model)
+    with bs.switched(model, 8):
+        model(torch.randn(16, 8)).square().mean().backward()
+    optimizer.step(8)
+    assert not torch.equal(model.phase, before)
 
 
 def test_rates_and_weight_decay_stay_its_own(quantized):

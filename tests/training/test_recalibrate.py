@@ -1,9 +1,11 @@
 import copy
 
+import pytest
 import torch
 
 import bitswitch as bs
 from bitswitch.data import load_data
+from bitswitch.errors import UserError
 from bitswitch.evaluation import training_views
 from bitswitch.training.recalibrate import recalibrate
 
@@ -22,6 +24,19 @@ def test_statistics_are_those_of_the_images_at_that_width(quantized, images):
     assert torch.allclose(norm.running_mean, means, atol=1e-5)
     assert torch.allclose(norm.running_var, variances, rtol=1e-4)
     assert norm.momentum == 0.1 and quantized.training and set(bs.widths(quantized).values()) == {8}
+    after = quantized.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".variants.2." in name for name in changed)
+
+
+def test_what_sees_no_images_keeps_its_statistics(quantized, images):
+    quantized.aside = torch.nn.BatchNorm2d(3)
+    quantized.aside(images)
+    before = copy.deepcopy(quantized.state_dict())
+    batches = (x for x in [images])
+    recalibrate(quantized, batches, 2)
+    with pytest.raises(UserError, match="no images"):
+        recalibrate(quantized, batches, 8)
     after = quantized.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".variants.2." in name for name in changed)

@@ -147,14 +147,15 @@ def _followed(seen: Trace, chosen: Sequence[str], norms: Sequence[str]) -> dict[
     """For every batch normalization that ran, the quantized layer whose width selects.
 
     It is the layer that ran last before it in its data flow. Where that one is float, so that its statistics hardly
-    depend on widths, the nearest quantized layer before it in time, or else the first: every width still has its own.
+    depend on widths, or what lies between cannot be seen, as in NumPy or TorchScript, the nearest quantized layer before
+    it in time, or else the first: every width still has its own.
     """
     followed = {}
     for norm in norms:
         if norm in seen.before:
             ancestors = seen.before[norm]
-            earlier = seen.order[: seen.order.index(ancestors[-1]) + 1] if ancestors else []
-            followed[norm] = _last(chosen, earlier) or chosen[0]
+            last = seen.order.index(ancestors[-1]) + 1 if ancestors else seen.earlier[norm]
+            followed[norm] = _last(chosen, seen.order[:last]) or chosen[0]
     return followed
 
 

@@ -40,6 +40,7 @@ class Trace:
         inputs: for each, a sample of its inputs, float32 or wider, one dimension.
         before: for each watched layer and batch normalization that ran, the watched layers that its input was computed
             from, in the order in which they ran.
+        earlier: how many layers of `order` had run before each batch normalization.
         read_elsewhere: the watched layers whose weight something else read than their own forward.
         bare_products: parameters that a product read although they belong to no watched layer, by name.
     """
@@ -47,6 +48,7 @@ class Trace:
     order: list[str] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     before: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    earlier: dict[str, int] = field(default_factory=dict)
     read_elsewhere: set[str] = field(default_factory=set)
     bare_products: set[str] = field(default_factory=set)
 
@@ -67,7 +69,9 @@ class _Flow(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        returned = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        # What is assigned to returns nothing, and what is written to a view is in the tensor that it shows.
+        changed = args[0] if func is Tensor.__setitem__ else result
+        returned = [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]
         if func in _VIEWS and len(given) == len(returned) == 1 and (name := self._parameter(given[0])) is not None:
             self.views[returned[0]] = name
         if returned:
@@ -91,7 +95,7 @@ class _Flow(TorchFunctionMode):
     def mark(self, tensors: list[Tensor], origins: frozenset[int]) -> None:
         """Add to what the tensors were computed from, positions in the order of layers."""
         if origins:
-            for tensor in tensors:
+            for tensor in (*tensors, *(t._base for t in tensors if t._base is not None)):
                 self.origins[tensor] = origins.union(self.origins.get(tensor, ()))
 
     def before(self, tensor: Tensor) -> tuple[str, ...]:
@@ -133,6 +137,7 @@ def trace(model: nn.Module, example_inputs: tuple[Any, ...], watched: Mapping[st
 
     def note_before(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.before.setdefault(name, flow.before(args[0] if args else next(iter(kwargs.values()))))
+        seen.earlier.setdefault(name, len(seen.order))
 
     with ExitStack() as stack:
         for name, layer in watched.items():

@@ -2,10 +2,12 @@
 
 Gradients are reduced explicitly after each backward, not by DistributedDataParallel: a joint step runs one backward for
 each width, and in each most widths' scales and batch normalizations have no gradient, which DDP would wait for. All ranks
-are at the same widths, so the parameters that have a gradient are the same on all of them.
+are at the same widths, so the parameters that have a gradient are the same on all of them; a network that leaves out layers
+at random, in another way on each rank, is not for several ranks.
 """
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bitswitch.errors import UserError
+from bitswitch.nn.norm import BATCH_NORMS
 
 if dist.is_available():
     # Its functions take the group of the moment of the import as a default. Imported later, by torch's optimizers say,
@@ -211,7 +214,19 @@ def share_batch_norm(model: nn.Module, world: World) -> None:
     """Let every batch normalization use all ranks' images, in place; torch's SyncBatchNorm does so on CUDA alone.
 
     Parameters, buffers and their names stay, so that checkpoints fit any number of ranks.
+
+    Warns:
+        UserWarning: a class of one's own, which may compute anything, keeps statistics of each rank.
     """
     if world.size > 1:
+        own = {type(module) for module in model.modules() if isinstance(module, BATCH_NORMS)}
+        own -= {*_SHARED, *_SHARED.values(), nn.SyncBatchNorm}
+        if own and world.first:
+            names = ", ".join(sorted(kind.__name__ for kind in own))
+            warnings.warn(
+                f"share_batch_norm knows torch's batch normalizations alone: {names} keep statistics of each rank",
+                UserWarning,
+                stacklevel=2,
+            )
         for module in model.modules():
             module.__class__ = _SHARED.get(type(module), type(module))  # type: ignore[arg-type]

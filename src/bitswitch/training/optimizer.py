@@ -22,7 +22,8 @@ class MultiPrecisionOptimizer:
         model: made by `bitswitch.quantize`.
         lr: learning rate of the weights.
         scale_lr: learning rate of the scales, lambda of ALRS; where None, `lr`. For scales learned as logarithms it is
-            the relative change of a scale in one step.
+            the relative change of a scale in one step, or less where a gradient is as small as Adam's eps, 1e-8: those of
+            8-bit scales of inputs can be.
         weight_decay: of the weights; scales have none.
         alrs: "relative", "printed" or "off"; see `bitswitch.training.adapted_rate`.
         eta: ALRS's factor of each width: "paper", or one number for all widths, or {width: number}.
@@ -74,10 +75,14 @@ class MultiPrecisionOptimizer:
                 "this model has no scale to train: a model loaded from an artifact holds codes, not weights"
             )
         # Fused: one kernel over all parameters, and a learning rate that may be a tensor, so that ALRS waits for nothing.
-        self._weights = torch.optim.Adam(rest, lr=lr, weight_decay=weight_decay, fused=True) if rest else None
+        fused = all(parameter.is_floating_point() for parameter in rest)
+        self._weights = torch.optim.Adam(rest, lr=lr, weight_decay=weight_decay, fused=fused) if rest else None
         self._scales = torch.optim.Adam(
             [{"params": group, "name": name} for name, group in groups.items() if group], lr=self.scale_lr, fused=True
         )
+        # Without the prefixes of torch.compile and DistributedDataParallel.
+        names = {id(p): name.replace("_orig_mod.", "").removeprefix("module.") for name, p in model.named_parameters()}
+        self._names = [names[id(parameter)] for parameter in (*rest, *(p for group in groups.values() for p in group))]
 
     def _etas(self, eta: Literal["paper"] | float | Mapping[int, float]) -> dict[int, float]:
         if eta == "paper":
@@ -117,7 +122,9 @@ class MultiPrecisionOptimizer:
         for group in self._scales.param_groups:
             if mixed:
                 own = self._own_width(group["name"], width)
-                group["lr"] = adapted_rate(rate, self.eta[own], present[group["name"]], self.alrs)
+                # An offset goes with the scale: its own gradient is in other units.
+                scales = present.get(group["name"].replace("offset", "inputs"), [])
+                group["lr"] = adapted_rate(rate, self.eta[own], scales, self.alrs)
             else:
                 group["lr"] = one
             if group["name"].startswith("offset"):
@@ -148,6 +155,7 @@ class MultiPrecisionOptimizer:
             "weights": self._weights.state_dict() if self._weights is not None else None,
             "scales": self._scales.state_dict(),
             "factor": self.factor,
+            "names": list(self._names),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -157,7 +165,9 @@ class MultiPrecisionOptimizer:
             UserError: it is of other parameters: some were frozen then and are not now, or the other way round.
         """
         optimizers = [(self._weights, state["weights"]), (self._scales, state["scales"])]
-        if any(_sizes(optimizer) != _sizes_of(saved) for optimizer, saved in optimizers):
+        # A state of an earlier version has no names.
+        same = state.get("names", self._names) == self._names
+        if not same or any(_sizes(optimizer) != _sizes_of(saved) for optimizer, saved in optimizers):
             raise UserError(
                 "the state is of an optimizer of other parameters: freeze the same ones before both are made, or after"
             )
