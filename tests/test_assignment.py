@@ -80,7 +80,7 @@ def test_it_is_frozen():
 
 def test_equal_assignments_are_equal():
     assert of(8) == of({"stem": 8, "block.conv": 8, "head": 8})
-    assert of(8) != of(4)
+    assert of(8) != of(4) and of(8) == dict(of(8)) and dict(of(8)) == of(8) != {"stem": 8}
     assert len({of(8), of(dict.fromkeys(LAYERS, 8)), of(4)}) == 2
 
 

@@ -169,6 +169,10 @@ def test_two_processes_cannot_work_in_one_directory(capsys, copied):
         (["fly"], ["No such command"]),
         (["evaluate", "no/such/file"], ["there is no such file"]),
         (["inspect", "no/such/file"], ["there is no such file"]),
+        (
+            ["evaluate", "https://example.org/m.safetensors"],
+            ["https://example.org/m.safetensors", "bitswitch.load reads URLs"],
+        ),
         (["recipes", "show", "digit"], ["did you mean 'digits'"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

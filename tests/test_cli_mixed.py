@@ -7,13 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import bitswitch as bs
 from bitswitch import artifact
@@ -133,6 +133,9 @@ def test_predictions_of_other_software_or_of_own_code_are_not_taken(capsys, done
     monkeypatch.setattr("bitswitch.evaluation.machine", lambda device: there | {"torch": "another"})
     assert call(capsys, *words)[0] == 0
     assert len(set(kept.glob("predictions-*"))) == 2 * len(before)
+    monkeypatch.setattr("bitswitch.evaluation.source_digest", lambda: "other code")
+    assert call(capsys, *words)[0] == 0
+    assert len(set(kept.glob("predictions-*"))) == 3 * len(before)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept.parent))
     shutil.rmtree(kept)
@@ -439,9 +442,18 @@ def test_batches_that_count_alike_in_a_trace_are_alike(capsys, copied, monkeypat
     one_line(call(capsys, *words), "enough")
 
 
-def test_tied_layers_that_there_are_not_are_refused_before_anything(capsys, tmp_path):
-    words = ["run", "digits", *SHORT, "search.tied=[[stage1.0.conv, stage1.0.conv1]]", "--out", tmp_path / "x"]
-    one_line(call(capsys, *words), "search.tied: no layer that is quantized is named 'stage1.0.conv'", "did you mean")
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        (
+            "search.tied=[[stage1.0.conv, stage1.0.conv1]]",
+            ["search.tied: no layer that is quantized is named 'stage1.0.conv'", "did you mean"],
+        ),
+        ("search.budgets=[4, {weight_bits: 1}]", ["no assignment meets weight_bits <= 1 (it can be from 2 to 8)"]),
+    ],
+)
+def test_searches_that_cannot_be_done_are_refused_before_anything(capsys, tmp_path, word, expected):
+    one_line(call(capsys, "run", "digits", *SHORT, word, "--out", tmp_path / "x"), *expected)
     assert not (tmp_path / "x" / "checkpoints").exists()
 
 
@@ -461,22 +473,14 @@ def test_layers_that_share_a_weight_have_a_trace_each(capsys, tmp_path, monkeypa
     assert layers["3"]["weights"] == layers["5"]["weights"] == 64
 
 
-def test_mixtures_have_places_of_their_own_in_tensorboard(done, tmp_path, monkeypatch):
-    written = []
-
-    class Writer:
-        def __init__(self, folder): ...
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_): ...
-        def add_scalar(self, *what):
-            written.append(what[0])
-
-    monkeypatch.setattr("bitswitch.rundir.require", lambda *_: None)
-    monkeypatch.setattr("importlib.import_module", lambda _: types.SimpleNamespace(SummaryWriter=Writer))
+def test_mixtures_have_places_of_their_own_in_tensorboard(done, tmp_path):
     rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["stage"] == "supernet" and row["epoch"] == 0]
     RunDirectory(tmp_path).add_metrics(rows, tensorboard=True)
-    assert len(set(written)) == len(written)
+    (events,) = {path.parent for path in tmp_path.rglob("events*")}
+    read = EventAccumulator(str(events)).Reload()
+    written = read.Tags()["scalars"]
     assert {"supernet/8/top1", "supernet/mixture 0/top1", "supernet/mixture 3/top1"} <= set(written)
+    assert all(len(read.Scalars(tag)) == 1 for tag in written)
+    (of_eight,) = (row for row in rows if row["bits"] == 8)
+    assert read.Scalars("supernet/8/top1")[0].value == pytest.approx(of_eight["top1"])

@@ -150,10 +150,14 @@ def test_files_where_a_command_is_typed_are_not_taken_for_libraries(tmp_path):
     assert done.returncode == 2 and "nowhere" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_name_that_needs_torch_says_so():
+@pytest.mark.parametrize(
+    ("missing", "name"),
+    [("torch", "quantize"), ("torchvision", "load"), ("scipy", "MultiPrecisionOptimizer"), ("scipy", "search")],
+)
+def test_a_name_that_needs_torch_says_so(missing, name):
     code = (
-        "import sys; sys.modules['torch'] = None\nimport bitswitch\n"
-        "try: bitswitch.quantize\nexcept ModuleNotFoundError as e: assert 'bitswitch[train]' in str(e), e\n"
+        f"import sys; sys.modules['{missing}'] = None\nimport bitswitch\n"
+        f"try: bitswitch.{name}\nexcept ModuleNotFoundError as e: assert 'bitswitch[train]' in str(e), e\n"
         "else: raise SystemExit('no error')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

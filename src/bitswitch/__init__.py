@@ -29,7 +29,14 @@ _ROOMS = {
     "export_onnx": "bitswitch.export.onnx",
 }
 
-_EXTRAS = {"torch": "train", "onnx": "onnx", "onnx_ir": "onnx", "onnxscript": "onnx"}
+_EXTRAS = {
+    "torch": "train",
+    "torchvision": "train",
+    "scipy": "train",
+    "onnx": "onnx",
+    "onnx_ir": "onnx",
+    "onnxscript": "onnx",
+}
 
 __all__ = [
     "MultiPrecisionOptimizer",

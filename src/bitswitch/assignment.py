@@ -7,9 +7,9 @@ from typing import Any
 from bitswitch.errors import UserError, nearest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Assignment(Mapping[str, int]):
-    """A bit-width for every quantized layer, in the order of the network: a frozen value.
+    """A bit-width for every quantized layer, in the order of the network: a frozen value, equal to a dict of the same widths.
 
     Use `Assignment.of` to make one for a network's layers.
     """
@@ -50,6 +50,9 @@ class Assignment(Mapping[str, int]):
 
     def __len__(self) -> int:
         return len(self.items_)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.items_))
 
     @property
     def uniform(self) -> int | None:

@@ -17,7 +17,7 @@ from bitswitch.data import DataSet
 from bitswitch.data.cache import Cache, default_folder
 from bitswitch.data.dataset import Batch
 from bitswitch.errors import UserError
-from bitswitch.machine import machine
+from bitswitch.machine import machine, source_digest
 from bitswitch.models import is_trusted
 from bitswitch.nn import quantized_layers
 from bitswitch.subject import Subject, data_for, subject_of
@@ -27,8 +27,6 @@ from bitswitch.training.evaluate import PrecisionChoice
 
 Shown = Callable[[Iterator[Batch], int], Iterable[Batch]]
 _BATCH = 256
-# Of the predictions that are kept: another wherever the same words come to give others.
-_FORMAT = "2"
 # So many SubNets are scored in one pass over the data; their predictions are kept before the next pass.
 _AT_ONCE = 32
 
@@ -105,7 +103,7 @@ def evaluate_file(
     if len(wanted) > 1 and not confusion and is_trusted(network or ""):
         views = f"{recalibration_images} augmented" if recalibration_images else ""
         about = [
-            _FORMAT,
+            source_digest(),
             files.file_digest(path),
             data.fingerprint(),
             split,

@@ -1,5 +1,6 @@
 """What a result depends on beside its configuration and its data."""
 
+import functools
 import platform
 import subprocess
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bitswitch import files
 from bitswitch.version import __version__
 
 
@@ -21,6 +23,13 @@ def machine(device: torch.device | None = None) -> dict[str, Any]:
         "device": f"{device.type} ({name})",
         "threads": torch.get_num_threads(),
     }
+
+
+@functools.cache
+def source_digest() -> str:
+    """Of all that this package computes with: another wherever its code is."""
+    folder = Path(__file__).parent
+    return files.digest(b"".join(path.read_bytes() for path in sorted(folder.rglob("*.py"))))
 
 
 def source_commit() -> str | None:

@@ -105,6 +105,34 @@ def test_saving_a_loaded_model_gives_the_same_file(tmp_path, quantized, network)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+def test_what_a_file_says_beside_its_tensors_is_kept(tmp_path, quantized, network):
+    shipped = bs.load("resnet20-cifar10-mixed")
+    bs.save(shipped, tmp_path / "a")
+    header, kept = (artifact.read_header(path) for path in (artifact.located("resnet20-cifar10-mixed"), tmp_path / "a"))
+    for key in ("network", "preprocessing", "classes", "provenance", "frontier"):
+        assert getattr(header, key) == getattr(kept, key) and getattr(header, key), key
+    bs.save(shipped, tmp_path / "a", classes=tuple("abcdefghij"), provenance={"seed": 7})
+    header = artifact.read_header(tmp_path / "a")
+    assert header.classes == tuple("abcdefghij") and header.provenance == {"seed": 7} and header.frontier
+    with torch.no_grad():
+        next(p for name, p in shipped.named_parameters() if name.endswith("bias")).add_(1)
+    with pytest.warns(UserWarning, match="changed since"):
+        bs.save(shipped, tmp_path / "a")
+    header = artifact.read_header(tmp_path / "a")
+    # What was measured is another network's.
+    assert header.network and header.preprocessing and not header.provenance and not header.frontier
+
+
+def test_what_search_returns_is_a_frontier(tmp_path, quantized, network):
+    choices = bs.search(quantized, dict.fromkeys(bs.widths(quantized), 1.0), budgets=[3, 6])
+    rows = [{"assignment": dict(c.assignment), "cost": dict(c.cost), "damage": c.damage} for c in choices]
+    for frontier in (choices, rows):
+        bs.save(quantized, tmp_path / "a", frontier=frontier)
+        assert bs.widths(bs.load(tmp_path / "a", model=network, assignment="avg<=3")) == choices[-1].assignment
+    with pytest.raises(UserError, match="int 4 is no choice"):
+        bs.save(quantized, tmp_path / "a", frontier=[4])
+
+
 def test_freezing_changes_no_logit(quantized, images):
     quantized.eval()
     before = quantized(images)
@@ -501,10 +529,16 @@ def test_a_model_is_turned_into_another_type(tmp_path, network, images, dtype, s
     assert model.float()(images).dtype == torch.float32
 
 
-def test_a_compiled_model_is_saved_as_what_was_compiled(tmp_path, quantized, images):
+def test_a_compiled_model_is_what_was_compiled(tmp_path, quantized, network):
     bs.save(quantized, tmp_path / "a")
-    bs.save(torch.compile(quantized, backend="eager"), tmp_path / "b")
+    compiled = torch.compile(quantized, backend="eager")
+    bs.save(compiled, tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    bs.switch(compiled, {"conv2": 2})
+    assert bs.widths(compiled) == bs.widths(quantized) and bs.widths(compiled)["conv2"] == 2
+    loaded = bs.load(tmp_path / "a", model=network, bits=2)
+    bs.upgrade(torch.compile(loaded, backend="eager"), 8)
+    assert set(bs.widths(loaded).values()) == {8}
 
 
 def test_a_layer_that_was_replaced_is_named(tmp_path, quantized):

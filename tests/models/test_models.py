@@ -50,3 +50,11 @@ def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=r"'half_written:net' cannot be imported: SyntaxError"):
         build("half_written:net")
+
+
+def test_a_function_that_fails_is_named_whatever_it_raises(tmp_path, monkeypatch):
+    (tmp_path / "half_done.py").write_text("def net(): import timm_of_another_name\ndef other(): return undefined\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, error in (("net", "ModuleNotFoundError: No module named"), ("other", "NameError: name 'undefined'")):
+        with pytest.raises(UserError, match=f"'half_done:{name}' cannot be built .*{error}"):
+            build(f"half_done:{name}")

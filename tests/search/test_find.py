@@ -101,9 +101,15 @@ def test_damage_against_the_formula(model):
     assert linear["main"][4] == pytest.approx(-3.0 / WEIGHTS["main"] * 4)
 
 
-def test_a_trace_below_zero_counts_as_none(model):
-    table = damage_table(model, {**TRACES, "side": Trace(-5.0, 9.0)})
-    assert set(table["side"].values()) == {0.0}
+def test_a_trace_below_zero_gets_what_bits_are_left(model):
+    negative = {**TRACES, "side": Trace(-5.0, 9.0)}
+    table = damage_table(model, negative)
+    assert 0 < table["side"][2] < 1e-4 * min(table["main"][2], table["after"][2])
+    (everything,) = bs.search(model, negative, budgets=[8])
+    assert everything.assignment.uniform == 8
+    assert bs.search(model, negative, budgets=[5])[0].assignment["side"] == 2
+    (everything,) = bs.search(model, dict.fromkeys(TRACES, -1.0), budgets=[8])
+    assert everything.assignment.uniform == 8
 
 
 @pytest.mark.parametrize(
@@ -118,6 +124,11 @@ def test_a_trace_below_zero_counts_as_none(model):
 def test_traces_of_another_model(model, traces, message):
     with pytest.raises(UserError, match=message):
         bs.search(model, traces)
+
+
+def test_operations_of_no_image(model):
+    with pytest.raises(UserError, match="no image"):
+        bs.search(model, TRACES, budgets=[{"bitops": 1e9}], example_inputs=X[:0])
 
 
 def test_search_is_the_programme_over_these_tables(model):
@@ -264,3 +275,16 @@ def test_the_package_is_the_function():
 def test_budgets_that_are_no_list_are_told(budgets):
     with pytest.raises(UserError, match="give a list, such as"):
         search.as_budgets(budgets)
+
+
+@pytest.mark.parametrize("budget", [None, [3, 4], "4", "avg<=4", {"bits": "4"}, {"bits": None}])
+def test_a_budget_that_is_no_number_is_told(budget):
+    with pytest.raises(UserError, match="is neither a number nor"):
+        search.as_budgets([4, budget])
+
+
+def test_budgets_of_any_kind_of_number():
+    assert (
+        search.as_budgets(torch.tensor([3.0, 4.0])) == search.as_budgets(np.array([3, 4])) == [{"bits": 3}, {"bits": 4}]
+    )
+    assert search.as_budgets([{"avg": 4, "bytes": np.float32(9)}]) == [{"bits": 4, "bytes": 9}]

@@ -1,7 +1,9 @@
+import dataclasses
 import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 
 from bitswitch.errors import UserError
@@ -104,6 +106,28 @@ def test_a_beaten_choice_is_left_out():
     assert [c.assignment["a"] for c in frontier(problem, [{"average_bits": b} for b in (2, 4, 8)])] == [4, 2]
     beaten = problem.choice({"a": 8})
     assert beaten not in pareto([beaten, problem.choice({"a": 4})])
+
+
+def test_a_budget_just_below_what_can_be_met_is_solved_at_once(monkeypatch):
+    """As float32's budgets are; choices that the solver's tolerance lets through would be excluded one by one."""
+    draw = random.Random(0)
+    layers = [f"layer{i}" for i in range(20)]
+    damage = {name: {w: draw.random() * 4.0**-w for w in (8, 6, 4, 2)} for name in layers}
+    problem = Problem(damage=damage, costs={"bits": {name: {w: w / 20 for w in (8, 6, 4, 2)} for name in layers}})
+    picked = []
+    pick = Problem._pick
+    monkeypatch.setattr(Problem, "_pick", lambda *args: picked.append(pick(*args)) or picked[-1])
+    for budget in (float(np.float32(3.3)), 3.999999, 4 - 4e-9):
+        choice = problem.solve({"bits": budget})
+        assert choice.cost["bits"] == pytest.approx(math.floor(budget * 10 + 1e-12) / 10)
+    assert len(picked) <= 5
+
+
+def test_a_hair_of_cost_does_not_save_a_beaten_choice():
+    problem = simple(a=(3, 1, 4))
+    best = problem.choice({"a": 4})
+    worse = dataclasses.replace(best, damage=2.0, cost={"average_bits": best.cost["average_bits"] * (1 - 1e-15)})
+    assert pareto([best, worse]) == [best]
 
 
 def test_alternatives_are_other_choices_within_the_budget():

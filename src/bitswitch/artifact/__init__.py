@@ -2,6 +2,7 @@
 
 from bitswitch.artifact.file import (
     graph_of,
+    holds,
     is_artifact,
     read,
     read_header,
@@ -24,6 +25,7 @@ __all__ = [
     "Located",
     "check_choice",
     "graph_of",
+    "holds",
     "is_artifact",
     "located",
     "plane_bytes",

@@ -62,22 +62,25 @@ def _checksums(stored: Mapping[str, np.ndarray]) -> dict[str, str]:
     return {name: checksum(_NAMES[array.dtype], array.shape, array.tobytes()) for name, array in stored.items()}
 
 
-def graph_of(located: Located, header: Header, tensors: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """The graph of a file where the file holds one and just these tensors beside it, to write them again.
+def holds(located: Located, header: Header, tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether a file holds just these tensors, beside a graph.
 
     Args:
         located: the file.
         header, tensors: see `write`.
-
-    Raises:
-        UserError: the file is gone, cut off, altered, or another than it was.
     """
     rest = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     codes = [rest.pop(tensor_name(layer.name, "codes")) for layer in header.layers]
     rest |= {plane_name(i): plane for i, plane in enumerate(pack(codes, header.widths[0]))}
-    known = {name: found for name, found in located.header.checksums.items() if name != GRAPH}
-    if GRAPH not in located.entries or _checksums(rest) != known:
-        return None
+    return _checksums(rest) == {name: found for name, found in located.header.checksums.items() if name != GRAPH}
+
+
+def graph_of(located: Located) -> np.ndarray:
+    """The graph of a file that holds one.
+
+    Raises:
+        UserError: the file is gone, cut off, altered, or another than it was.
+    """
     with opened(located.path) as source, _naming(located.path):
         return _read(source, located, [GRAPH])[GRAPH]
 

@@ -17,11 +17,20 @@ if TYPE_CHECKING:
 
     from bitswitch.training.distributed import World
 
+
+def _local(text: str) -> Path:
+    if "://" in text:
+        raise typer.BadParameter(f"{text}: commands read files of this machine; bitswitch.load reads URLs")
+    return located(text)
+
+
 RecipeName = Annotated[str, typer.Argument(help="A built-in recipe, or the path of a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ..., the values as YAML.")]
 File = Annotated[
     Path,
-    typer.Argument(parser=located, help="An artifact or the name of a shipped one; evaluate takes checkpoints, too."),
+    typer.Argument(
+        parser=_local, metavar="FILE", help="An artifact or the name of a shipped one; evaluate takes checkpoints, too."
+    ),
 ]
 Bits = Annotated[str | None, typer.Option(help="Widths, such as 8,6,4,2; all where not given.")]
 Mixture = Annotated[

@@ -44,11 +44,13 @@ def save(
         model: made by `bitswitch.quantize`, or loaded.
         path: the file; written whole or not at all.
         network: {"name": ..., "args": {...}}, by which `load` builds the network again; without it, `load` must be given
-            the model.
+            the model. Where this, preprocessing or classes are not given, a model that was loaded keeps those of its file.
         preprocessing: {"shape", "mean", "std", "resize", "crop"} of the input.
         classes: names in the order of the logits.
-        provenance: plain JSON values, kept as they are.
-        frontier: choices, as frontier.json lists them, from which `load(assignment="avg<=4")` picks.
+        provenance: plain JSON values, kept as they are. Where this or the frontier is not given, a model that was loaded and
+            has not changed keeps that of its file.
+        frontier: choices, as `bitswitch.search` returns them or frontier.json lists them, from which
+            `load(assignment="avg<=4")` picks.
         example_inputs: what the network is called with, a batch of real data, better 64 images than 4: the network's graph is
             exported with it and stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and
             `runtime`. Where it is not given, a model that was loaded and has not changed keeps the graph of its file.
@@ -63,9 +65,16 @@ def save(
     # What torch.compile returns is a wrapper, which gives every layer another name.
     model = getattr(model, "_orig_mod", model)
     header, tensors = contents(model, network, preprocessing, classes, provenance, frontier)
+    located = getattr(model, "bitswitch_located", None)
+    if isinstance(located, artifact.Located):
+        unchanged = artifact.holds(located, header, tensors)
+        kept = ("network", "preprocessing", "classes", *(("provenance", "frontier") if unchanged else ()))
+        header = dataclasses.replace(
+            header, **{key: getattr(header, key) or getattr(located.header, key) for key in kept}
+        )
     if example_inputs is not None:
         tensors[GRAPH] = _session_graph()(model, header, tensors, example_inputs, additions)
-    elif (graph := _graph_of_its_file(model, header, tensors)) is not None:
+    elif isinstance(located, artifact.Located) and (graph := _graph_of(located, unchanged)) is not None:
         tensors[GRAPH] = graph
     artifact.write(path, header, tensors)
 
@@ -78,17 +87,14 @@ def _session_graph() -> Callable[..., np.ndarray]:
     return session_graph
 
 
-def _graph_of_its_file(
-    model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.ndarray]
-) -> np.ndarray | None:
+def _graph_of(located: artifact.Located, unchanged: bool) -> np.ndarray | None:
     """The graph of the file that a model was loaded from; None where that has none, or the model has changed since."""
-    located = getattr(model, "bitswitch_located", None)
-    if not isinstance(located, artifact.Located) or GRAPH not in located.entries:
+    if GRAPH not in located.entries:
         return None
     reason = "the model has changed since"
     try:
-        if (graph := artifact.graph_of(located, header, tensors)) is not None:
-            return graph
+        if unchanged:
+            return artifact.graph_of(located)
     except UserError as error:
         reason = str(error)
     warnings.warn(
@@ -150,7 +156,7 @@ def contents(
         before=plan.before,
         transitional=plan.transitional,
         per_channel=plan.per_channel,
-        frontier=tuple(frontier),
+        frontier=tuple(map(_row, frontier)),
         network=network,
         preprocessing=preprocessing,
         classes=classes,
@@ -338,6 +344,18 @@ def _built(located: artifact.Located, name: str, args: Mapping[str, Any]) -> nn.
         if asked > stored:
             raise UserError(f"{located.path} names a {name!r} of {asked} parameters, and holds {stored}")
     return build(name, args)
+
+
+def _row(choice: Any) -> Mapping[str, Any]:
+    """A choice as frontier.json lists it; search, which this room does not import, gives objects."""
+    if isinstance(choice, Mapping):
+        return {"top1": None, **choice}
+    try:
+        return {"assignment": dict(choice.assignment), "cost": dict(choice.cost), "damage": choice.damage, "top1": None}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"frontier: {type(choice).__name__} {choice!r:.100} is no choice of bitswitch.search"
+        ) from error
 
 
 def _entry(name: str, layer: QuantizedLayer, plan: Plan) -> artifact.LayerEntry:

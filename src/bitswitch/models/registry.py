@@ -46,8 +46,12 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
         raise UserError(f"network {name!r} does not take the arguments {args}: {error}") from error
     except UserError:
         raise
-    except (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:
+        known = (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, AssertionError)
+        if is_trusted(name) and not isinstance(error, known):
+            raise
+        # Whatever the user's function does.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"network {name!r} cannot be built with the arguments {args}: {reason}") from error
     hint = nearest(name, _OWN + torchvision.models.list_models())
     raise UserError(f"no network is named {name!r}{hint}; your own is named package.module:function")

@@ -18,7 +18,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
         UserError: the model has none.
     """
     layers: dict[str, QuantizedLayer] = {}
-    _find(model, "", layers, set())
+    # What torch.compile returns is a wrapper, which gives every layer another name.
+    _find(model._modules.get("_orig_mod") or model, "", layers, set())
     if not layers:
         raise UserError(f"{type(model).__name__} has no quantized layer: make one with bitswitch.quantize(model, ...)")
     return layers

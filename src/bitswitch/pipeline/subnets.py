@@ -129,6 +129,13 @@ def check(run: Run, data: DataSet) -> None:
     if part.latency is not None:
         room.read_latency(part.latency)
         known.append("latency")
+    least = min(run.recipe.bits)
+    for budget in part.budgets or ():
+        for cost, most in budget.items() if isinstance(budget, Mapping) else [("bits", budget)]:
+            if cost in ("bits", "weight_bits") and most < least:
+                raise UserError(
+                    f"search.budgets: no assignment meets {cost} <= {most:g} (it can be from {least} to {max(run.recipe.bits)})"
+                )
     named = itertools.chain([part.budget], *(one for one in part.budgets or () if isinstance(one, Mapping)))
     for cost in named:
         if cost not in known:

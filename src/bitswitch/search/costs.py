@@ -1,6 +1,6 @@
 """Costs of layers at each width: what a choice of widths is budgeted by."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,8 @@ def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
     """
     layers = quantized_layers(model)
     batch = len(example_inputs[0])
+    if not batch:
+        raise UserError("example_inputs hold no image to count operations for")
     macs = dict.fromkeys(layers, 0)
 
     def count(name: str, _args: Any, output: Tensor) -> None:
@@ -169,11 +171,26 @@ def budgets_between(problem: Problem, cost: str, points: int) -> list[dict[str, 
 
 
 def as_budgets(budgets: Sequence[float | Mapping[str, float]]) -> list[dict[str, float]]:
-    """Budgets as mappings: a bare number is the average width.
+    """Budgets as mappings: a bare number is the average width, and so is "avg".
 
     Raises:
-        UserError: they are no list.
+        UserError: they are no list of numbers and mappings of numbers.
     """
-    if isinstance(budgets, (int, float, str, Mapping)):
+    if isinstance(budgets, (str, Mapping)) or not isinstance(budgets, Iterable):
         raise UserError(f"budgets={budgets!r}: give a list, such as [{budgets!r}]")
-    return [dict(one) if isinstance(one, Mapping) else {"bits": float(one)} for one in budgets]
+    found = []
+    for one in budgets:
+        given = one if isinstance(one, Mapping) else {"bits": one}
+        try:
+            found.append({"bits" if cost == "avg" else cost: _number(most) for cost, most in given.items()})
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"budget {one!r} is neither a number nor {{cost: number}}, such as {{'bits': 4}}"
+            ) from error
+    return found
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):
+        raise TypeError(value)
+    return float(value)

@@ -13,6 +13,8 @@ from bitswitch.search.programme import Table
 from bitswitch.search.traces import Trace
 
 Form = Literal["hessian", "linear"]
+# Of the greatest trace: less than any budget asks for, and more than nothing.
+_LEAST_SHARE = 1e-6
 
 
 def damage_table(model: nn.Module, traces: Mapping[str, Trace | float], form: Form = "hessian") -> Table:
@@ -22,25 +24,30 @@ def damage_table(model: nn.Module, traces: Mapping[str, Trace | float], form: Fo
         model: made by `bitswitch.quantize`, or loaded: it knows the squared errors of its weights.
         traces: of the float network, for every quantized layer; those of other layers are passed over.
         form: "hessian": trace_l / n_l * ||W_l(b) - W_l||^2 (HAWQ-V2, arXiv 1911.03852), a trace below 0, which is noise or a
-            saddle, counted as 0; "linear": -trace_l / n_l * b, the paper's objective with its sign put right.
+            saddle, counted as a millionth of the greatest, so that bits which nothing else needs still go to such a layer;
+            "linear": -trace_l / n_l * b, the paper's objective with its sign put right.
 
     Raises:
         UserError: a layer has no trace, or one that is not finite.
     """
-    table: dict[str, dict[int, float]] = {}
-    for name, layer in quantized_layers(model).items():
+    layers = quantized_layers(model)
+    weights: dict[str, float] = {}
+    for name, layer in layers.items():
         if name not in traces:
             raise UserError(f"the traces lack layer {name!r}{nearest(name, traces)}: are they of another network?")
         given = traces[name]
         trace = given.mean if isinstance(given, Trace) else float(given)
         if not math.isfinite(trace):
             raise UserError(f"the trace of layer {name!r} is {trace}: take the traces again")
-        weight = trace / layer.stored_shape.numel()
-        if form == "linear":
-            table[name] = {width: -weight * width for width in layer.widths}
-        else:
-            table[name] = {width: max(weight, 0.0) * error for width, error in layer.squared_errors().items()}
-    return table
+        weights[name] = trace / layer.stored_shape.numel()
+    if form == "linear":
+        return {name: {width: -weights[name] * width for width in layer.widths} for name, layer in layers.items()}
+    greatest = max(weights.values())
+    least = _LEAST_SHARE * greatest if greatest > 0 else 1.0
+    return {
+        name: {width: max(weights[name], least) * error for width, error in layer.squared_errors().items()}
+        for name, layer in layers.items()
+    }
 
 
 def measured_damage(model: nn.Module, score: Callable[[Sequence[Assignment]], Sequence[float]]) -> Table:

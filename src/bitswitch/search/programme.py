@@ -18,9 +18,11 @@ Table = Mapping[str, Mapping[int, float]]
 # The solver stops within an absolute gap of 1e-6: damages are scaled so far up that no difference that matters is smaller.
 _GREATEST_DAMAGE = 1e6
 # A budget may be exactly what the best choice costs; in floating point it would miss it by a hair. The solver is given more
-# room than that, and `meets` cuts off what used it.
+# room than that, and `meets` cuts off what used it, one choice at a time. Where all sums are multiples of one number, as
+# averages of bits are, a budget between two of them leaves none to be cut off.
 _SLACK = 1e-6
 _HAIR = 1e-12
+_LEAST_STEP = 1e-4
 
 
 def meets(cost: Mapping[str, float], budgets: Mapping[str, float]) -> bool:
@@ -144,7 +146,11 @@ class Problem:
             unit = max(float(np.abs(row).max(initial=0.0)), abs(budget)) or 1.0
             rows.append((row / unit).tolist())
             lower.append(-np.inf)
-            upper.append(budget / unit + _SLACK)
+            step = _step(row / unit)
+            steps = budget / unit / step if step else 0.0
+            # Half a step above the last multiple that is within.
+            whole = math.floor(steps + 10 * _HAIR * abs(steps))
+            upper.append((whole + 0.5) * step if step else budget / unit + _SLACK)
         for picked in excluded:
             rows.append([float(i in picked) for i in range(len(options))])
             lower.append(-np.inf)
@@ -184,6 +190,21 @@ class Problem:
         return UserError(f"no assignment meets {' and '.join(parts)}" + (" together" if len(parts) > 1 else ""))
 
 
+def _step(values: np.ndarray) -> float:
+    """What all values are whole multiples of, but for rounding; 0 where that is too small for the solver to tell apart."""
+    step = 0.0
+    for value in np.abs(values):
+        greater, less = max(step, value), min(step, value)
+        while less > _LEAST_STEP:
+            rest = math.remainder(greater, less)
+            greater, less = less, abs(rest) if abs(rest) > _SLACK * _LEAST_STEP else 0.0
+        if less:
+            return 0.0
+        step = greater
+    # Without the errors of all those remainders.
+    return float(np.abs(values).max() / round(np.abs(values).max() / step)) if step else 0.0
+
+
 def frontier(problem: Problem, budgets: Sequence[Mapping[str, float]]) -> list[Choice]:
     """The best choice for each budget, each once, without those that another beats in damage and every cost.
 
@@ -204,8 +225,10 @@ def pareto(choices: Sequence[Choice]) -> list[Choice]:
         return [choice.damage, *choice.cost.values()]
 
     def beaten(choice: Choice, by: Choice) -> bool:
-        pairs = list(zip(numbers(choice), numbers(by), strict=True))
-        return all(theirs <= own for own, theirs in pairs) and any(theirs < own for own, theirs in pairs)
+        pairs = [(own, theirs, _HAIR * abs(own)) for own, theirs in zip(numbers(choice), numbers(by), strict=True)]
+        return all(theirs <= own + hair for own, theirs, hair in pairs) and any(
+            theirs < own - hair for own, theirs, hair in pairs
+        )
 
     kept = [choice for choice in choices if not any(beaten(choice, other) for other in choices)]
     return sorted(kept, key=numbers)
