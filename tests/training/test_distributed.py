@@ -54,6 +54,17 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
     assert "batch_size=63 cannot be shared evenly by 2 ranks" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("apart", "told"), [("together", "trained"), ("apart", "the ranks' weights became different ones")]
+)
+def test_ranks_that_train_other_parameters_are_told(tmp_path, apart, told):
+    """Of equal shapes, so that the averages of their gradients are of both; nothing but the weights shows it."""
+    command = [*TORCHRUN, "2", str(Path(SCRIPT).with_name("apart.py")), str(tmp_path / "c"), apart]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.stdout.count(told) == 2, (result.stdout, result.stderr)
+    assert (tmp_path / "c").exists() == (apart == "together")
+
+
 def test_a_batch_normalization_of_ones_own_is_named():
     class Own(nn.BatchNorm2d):
         pass

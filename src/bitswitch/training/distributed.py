@@ -3,7 +3,7 @@
 Gradients are reduced explicitly after each backward, not by DistributedDataParallel: a joint step runs one backward for
 each width, and in each most widths' scales and batch normalizations have no gradient, which DDP would wait for. All ranks
 are at the same widths, so the parameters that have a gradient are the same on all of them; a network that leaves out layers
-at random, in another way on each rank, is not for several ranks.
+at random, in another way on each rank, is not for several ranks, and the loop tells.
 """
 
 import os

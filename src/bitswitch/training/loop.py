@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitswitch.errors import UserError
 from bitswitch.training.checkpoints import load_checkpoint, save_checkpoint
-from bitswitch.training.distributed import World, average, broadcast_buffers
+from bitswitch.training.distributed import World, average, broadcast_buffers, gather
 from bitswitch.training.objectives import Objective
 
 # How many steps may pass before a loss that is not finite is noticed: each look waits for the device.
@@ -100,7 +100,8 @@ class Loop:
         """Train the epochs that are left.
 
         Raises:
-            UserError: a loss is not finite (the last checkpoint stays), or a checkpoint cannot be written.
+            UserError: a loss is not finite or the ranks' weights are not the same (the last checkpoint stays), or a checkpoint
+                cannot be written.
         """
         while self.epochs_done < self.epochs:
             self.objective.model.train()
@@ -109,6 +110,7 @@ class Loop:
             entropy = (self.seed, self.epochs_done, self.world.rank, 1)
             seed_all(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
             losses = self._epoch(self.epochs_done)
+            self._check_ranks()
             # Where batch statistics are not shared, every rank has its own running ones: rank 0's are those that are kept.
             broadcast_buffers(self.objective.model, self.world)
             self.on_epoch(self.epochs_done, dict(zip(self.objective.names, losses, strict=True)))
@@ -147,6 +149,18 @@ class Loop:
             raise UserError(
                 f"the loss at {where} is {window[row, column].item()} at step {first_step + row} of epoch {epoch}; "
                 f"{kept}; lower the learning rate and start with --fresh"
+            )
+
+    def _check_ranks(self) -> None:
+        if self.world.size == 1:
+            return
+        with torch.no_grad():
+            parameters = (p.abs() if p.is_complex() else p for p in self.objective.model.parameters())
+            sums = torch.stack([parameter.sum(dtype=torch.float64) for parameter in parameters])
+        if len(set(gather([tuple(sums.tolist())], self.world))) > 1:
+            raise UserError(
+                f"in epoch {self.epochs_done} the ranks' weights became different ones: train a network that leaves out "
+                "layers at random, in another way on each rank, with one rank"
             )
 
     def _save(self) -> None:
