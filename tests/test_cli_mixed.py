@@ -21,6 +21,7 @@ from bitswitch.artifact import read_header
 from bitswitch.cli.console import stdout_kept_clean
 from bitswitch.data import load_data
 from bitswitch.errors import UserError
+from bitswitch.evaluation import assignments_named
 from bitswitch.machine import machine
 from bitswitch.nn import TransitionalBatchNorm, plan_of
 from bitswitch.rundir import RunDirectory
@@ -146,6 +147,23 @@ def test_predictions_of_other_software_or_of_own_code_are_not_taken(capsys, done
     status, _, err = call(capsys, *words, "--model", "own_network:net")
     assert status == 0, err
     assert not list(kept.glob("predictions-*"))
+
+
+def test_choices_whose_bits_were_cut_off_are_left_out(tmp_path):
+    frontier = [
+        {"assignment": {"a": high, "b": 2}, "cost": {"bits": (high + 2) / 2}, "damage": 9.0 - high, "top1": None}
+        for high in (8, 4, 2)
+    ]
+    (tmp_path / "frontier.json").write_text(json.dumps({"choices": frontier}))
+    named = str(tmp_path / "frontier.json")
+
+    def found(text, held):
+        return [one.choice for one in assignments_named(text, ["a", "b"], (8, 4, 2), frontier, held)]
+
+    assert found(named, 8) == [0, 1, 2] and found(named, 4) == [1, 2] and found(f"{named}#2", 4) == [2]
+    assert found("avg<=8", 8) == [0] and found("avg<=8", 4) == [1] and found("avg<=8", 2) == [2]
+    with pytest.raises(UserError, match="cut off and holds 4 bits at most"):
+        found(f"{named}#0", 4)
 
 
 @pytest.mark.parametrize("of", ["#2", "avg<=5", "file"])

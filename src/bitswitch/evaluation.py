@@ -240,13 +240,18 @@ def assignments_named(
         layers: of the network that are quantized.
         widths: that they can have, highest first.
         frontier: of the artifact.
-        rest: the width of layers that a JSON file of widths does not name.
+        rest: the width of layers that a JSON file of widths does not name: the highest that the file holds. Choices with
+            higher ones, of a file that was cut off, are left out.
 
     Raises:
-        UserError: there is no such file or choice, or it is of another network.
+        UserError: there is no such file or choice, or it is of another network, or needs bits that were cut off.
     """
+
+    def served(choice: Mapping[str, Any]) -> bool:
+        return max(choice["assignment"].values()) <= rest
+
     if "<=" in text:
-        choice = within_budget(frontier, text)
+        choice = within_budget(list(filter(served, frontier)) or frontier, text)
         return [Wanted(choice["assignment"], list(frontier).index(choice), choice["cost"])]
     file, hash_, number = text.rpartition("#")
     if not hash_ or "/" in number or "." in number:
@@ -266,11 +271,16 @@ def assignments_named(
     wanted = [Wanted(choice["assignment"], i, choice["cost"]) for i, choice in enumerate(choices)]
     if not wanted:
         raise UserError(f"--assignment {text}: {file} holds no choices: bitswitch search RECIPE makes them")
-    if not hash_:
-        return wanted
-    if not number.isdecimal() or int(number) >= len(wanted):
-        raise UserError(f"--assignment {text}: {file} has choices #0 to #{len(wanted) - 1}")
-    return [wanted[int(number)]]
+    if hash_:
+        if not number.isdecimal() or int(number) >= len(wanted):
+            raise UserError(f"--assignment {text}: {file} has choices #0 to #{len(wanted) - 1}")
+        wanted = [wanted[int(number)]]
+    wanted = [one for one in wanted if served(choices[one.choice or 0])]
+    if not wanted:
+        raise UserError(
+            f"--assignment {text}: the artifact was cut off and holds {rest} bits at most, which is too few"
+        )
+    return wanted
 
 
 def training_views(data: DataSet, count: int, device: torch.device) -> list[Tensor]:
