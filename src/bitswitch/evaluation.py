@@ -268,19 +268,16 @@ def assignments_named(
         choices = [check_choice(choice, layers, widths) for choice in found["choices"]]
     except (TypeError, UserError) as error:
         raise UserError(f"--assignment {file}: {error}") from error
-    wanted = [Wanted(choice["assignment"], i, choice["cost"]) for i, choice in enumerate(choices)]
-    if not wanted:
+    if not choices:
         raise UserError(f"--assignment {text}: {file} holds no choices: bitswitch search RECIPE makes them")
-    if hash_:
-        if not number.isdecimal() or int(number) >= len(wanted):
-            raise UserError(f"--assignment {text}: {file} has choices #0 to #{len(wanted) - 1}")
-        wanted = [wanted[int(number)]]
-    wanted = [one for one in wanted if served(choices[one.choice or 0])]
-    if not wanted:
+    if hash_ and (not number.isdecimal() or int(number) >= len(choices)):
+        raise UserError(f"--assignment {text}: {file} has choices #0 to #{len(choices) - 1}")
+    held = [i for i in ([int(number)] if hash_ else range(len(choices))) if served(choices[i])]
+    if not held:
         raise UserError(
             f"--assignment {text}: the artifact was cut off and holds {rest} bits at most, which is too few"
         )
-    return wanted
+    return [Wanted(choices[i]["assignment"], i, choices[i]["cost"]) for i in held]
 
 
 def training_views(data: DataSet, count: int, device: torch.device) -> list[Tensor]:

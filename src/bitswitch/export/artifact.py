@@ -19,7 +19,7 @@ from bitswitch.codes import bits_read
 from bitswitch.errors import UserError, require
 from bitswitch.export.tensors import fill, tensors_of
 from bitswitch.models import build, is_trusted
-from bitswitch.nn import Plan, QuantizedLayer, apply, plan_of, quantized_layers, switch
+from bitswitch.nn import Plan, QuantizedLayer, apply, plan_of, quantized_layers, switch, unwrapped
 
 Additions = Literal["requantized", "exact"]
 
@@ -62,8 +62,7 @@ def save(
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be
             written.
     """
-    # What torch.compile returns is a wrapper, which gives every layer another name.
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     header, tensors = contents(model, network, preprocessing, classes, provenance, frontier)
     located = getattr(model, "bitswitch_located", None)
     if isinstance(located, artifact.Located):

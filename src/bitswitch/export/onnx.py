@@ -20,7 +20,7 @@ from bitswitch.export.graph import IntegerGraph, hold_against, integer_graph
 from bitswitch.export.layout import TO_LAST, sink
 from bitswitch.export.lowering import take_place
 from bitswitch.export.patches import standard_sums
-from bitswitch.nn import widths
+from bitswitch.nn import unwrapped, widths
 from bitswitch.runtime.bindings import Bindings, Product
 from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
@@ -67,8 +67,7 @@ def export_onnx(
             or cannot be written.
     """
     _check(weights)
-    # What torch.compile returns is a wrapper, which gives every layer another name.
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     header, tensors = contents(model)
     graph = integer_graph(model, header, tensors, example_inputs, additions)
     assignment = widths(model)

@@ -6,7 +6,7 @@ from bitswitch.nn.norm import SwitchableBatchNorm, TransitionalBatchNorm
 from bitswitch.nn.plan import Plan, apply, freeze, make_transitional, plan_of
 from bitswitch.nn.quantize import quantize
 from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer
-from bitswitch.nn.switch import assignment, quantized_layers, switch, switched, widths
+from bitswitch.nn.switch import assignment, quantized_layers, switch, switched, unwrapped, widths
 
 __all__ = [
     "ActivationQuantizer",
@@ -26,5 +26,6 @@ __all__ = [
     "quantized_layers",
     "switch",
     "switched",
+    "unwrapped",
     "widths",
 ]

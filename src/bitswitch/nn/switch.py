@@ -11,6 +11,12 @@ from bitswitch.nn.layers import QuantizedLayer
 from bitswitch.nn.norm import SwitchableBatchNorm
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile wrapped, where it did: its wrapper gives every layer another name."""
+    wrapped = model._modules.get("_orig_mod")
+    return model if wrapped is None else wrapped
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The quantized layers by name, in the order of the network's definition.
 
@@ -18,8 +24,7 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
         UserError: the model has none.
     """
     layers: dict[str, QuantizedLayer] = {}
-    # What torch.compile returns is a wrapper, which gives every layer another name.
-    _find(model._modules.get("_orig_mod") or model, "", layers, set())
+    _find(unwrapped(model), "", layers, set())
     if not layers:
         raise UserError(f"{type(model).__name__} has no quantized layer: make one with bitswitch.quantize(model, ...)")
     return layers

@@ -129,15 +129,14 @@ def check(run: Run, data: DataSet) -> None:
     if part.latency is not None:
         room.read_latency(part.latency)
         known.append("latency")
-    least = min(run.recipe.bits)
-    for budget in part.budgets or ():
-        for cost, most in budget.items() if isinstance(budget, Mapping) else [("bits", budget)]:
-            if cost in ("bits", "weight_bits") and most < least:
-                raise UserError(
-                    f"search.budgets: no assignment meets {cost} <= {most:g} (it can be from {least} to {max(run.recipe.bits)})"
-                )
-    named = itertools.chain([part.budget], *(one for one in part.budgets or () if isinstance(one, Mapping)))
-    for cost in named:
+    wanted = room.as_budgets(part.budgets or ())
+    least, greatest = min(run.recipe.bits), max(run.recipe.bits)
+    for cost, most in itertools.chain.from_iterable(budget.items() for budget in wanted):
+        if cost in ("bits", "weight_bits") and most < least:
+            raise UserError(
+                f"search.budgets: no assignment meets {cost} <= {most:g} (it can be from {least} to {greatest})"
+            )
+    for cost in itertools.chain([part.budget], *wanted):
         if cost not in known:
             more = "" if "latency" in known else ", and latency where search.latency names a table"
             raise UserError(f"search: no cost is named {cost!r}; there are {', '.join(known)}{more}")
