@@ -6,6 +6,7 @@ import pytest
 import result
 from bitswitch.errors import UserError
 from bitswitch.report import render, update
+from report.trainings import training
 
 ROOT = Path(__file__).parents[2]
 RESULT = {
@@ -37,6 +38,16 @@ def test_update_replaces_what_is_between_the_markers(tmp_path):
     assert first.startswith("before\n") and first.endswith("after\n") and "old" not in first and "97.26" in first
     update(document, tmp_path / "r")
     assert document.read_text() == first
+
+
+def test_what_was_trained_comes_before_single_measurements(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RESULT))
+    (tmp_path / "b.json").write_text(json.dumps(training("ours", 0, top1=90.0, drop=1.0)))
+    document = tmp_path / "d.md"
+    document.write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    update(document, tmp_path)
+    text = document.read_text()
+    assert 0 < text.index("on val") < text.index("97.26")
 
 
 def test_bad_files(tmp_path):

@@ -35,8 +35,8 @@ def render(result: Mapping[str, Any]) -> str:
 def update(document: str | Path, results: str | Path, *, brief: bool = False) -> None:
     """Put the tables of all result files of a folder between the markers of a Markdown document.
 
-    Each file gives a table of its own; files of trainings, which name a variant, and of SubNets, which have random ones, are
-    put together instead.
+    Files of trainings, which name a variant, and of SubNets, which have random ones, are put together and come first; each
+    other file gives a table of its own.
 
     Args:
         document: Markdown with the two markers.
@@ -64,7 +64,7 @@ def update(document: str | Path, results: str | Path, *, brief: bool = False) ->
                 singles.append(render(value))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is not a result file: {error!r}") from error
-    tables = headline(trainings) if brief else [*singles, *accuracy_tables(trainings), *subnet_tables(subnets)]
+    tables = headline(trainings) if brief else [*accuracy_tables(trainings), *subnet_tables(subnets), *singles]
     try:
         text = document.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
