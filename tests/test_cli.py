@@ -12,7 +12,7 @@ from PIL import Image
 
 import bitswitch as bs
 from bitswitch import artifact
-from bitswitch.config import load_recipe
+from bitswitch.config import load_recipe, to_yaml
 from bitswitch.data import load_data
 from commands import call, one_line, run_digits
 
@@ -146,6 +146,20 @@ def test_two_processes_cannot_work_in_one_directory(capsys, copied):
         (["search", "digits", "search.budgets=[4, {}]"], ["give at least one budget, each with a cost"]),
         (["run", "digits", "train.forwards=1"], ["train.forwards=1", "only 2 bits would be trained"]),
         (["run", "digits", "train.forwards=5"], ["train.forwards=5", "at most all of bits=[8, 6, 4, 2]"]),
+        (["run", "digits", "bits[0]=8"], ["unknown key 'bits[0]'", "did you mean 'bits'"]),
+        (["run", "digits", "train[lr]=1"], ["unknown key 'train[lr]'"]),
+        (["run", "digits", "model.args[in]=2"], ["unknown key 'model.args[in]'", "did you mean 'model.args'"]),
+        (["run", "digits", "search.budgets=[{bits: x}]"], ["search.budgets.bits='x': input should be a valid number"]),
+        (
+            ["run", "digits", "train.eta=abc"],
+            ["'abc': input should be 'paper' or a valid number or a valid dictionary"],
+        ),
+        (["run", "digits", "train.epochs=on"], ["train.epochs=True: give a number"]),
+        (["run", "digits", "seed=true"], ["seed=True: give a number"]),
+        (["run", "digits", "search.budgets=[{bits: yes}]"], ["give a number"]),
+        (["run", "digits", "train.epochs=1:30"], ["train.epochs='1:30': input should be a valid integer"]),
+        (["run", "digits", "train={lr: 1, lr: 2}"], ["the key 'lr' is there twice"]),
+        (["run", "digits", f"train={'[' * 3000}"], ["nested too deeply"]),
         (["run", "digits", "trian.epochs=3"], ["unknown key 'trian'", "did you mean 'train'"]),
         (["run", "digits", "train.epochs"], ["is not key=value"]),
         (["run", "digits", "train.epochs=many"], ["train.epochs='many'"]),
@@ -333,13 +347,26 @@ def test_our_own_fault_exits_1(capsys, monkeypatch):
     assert status == 1 and "ZeroDivisionError" in err
 
 
-def test_interruption_exits_130(capsys, monkeypatch):
-    def interrupt():
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["run", "digits"], "interrupted; the same command goes on from the last checkpoint\n"),
+        (
+            ["run", "digits", "--fresh"],
+            "interrupted; the same command without --fresh goes on from the last checkpoint\n",
+        ),
+        (["recipes"], "interrupted\n"),
+    ],
+)
+def test_interruption_exits_130(capsys, monkeypatch, tmp_path, words, told):
+    def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bitswitch.cli.program.recipe_names", interrupt)
-    status, _, err = call(capsys, "recipes")
-    assert status == 130 and "goes on from the last checkpoint" in err
+    monkeypatch.setattr("bitswitch.pipeline.execute", interrupt)
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(capsys, *words)
+    assert status == 130 and err == told
 
 
 @pytest.mark.parametrize(
@@ -702,3 +729,18 @@ def test_a_run_of_an_own_recipe_is_exported(capsys, copied, tmp_path):
     status, out, err = call(capsys, "export", tmp_path / "own.yaml", "--out", copied, "--bits", 8, "--json")
     assert status == 0, err
     assert [Path(row["file"]).parent for row in json.loads(out)["files"]] == [copied / "onnx"]
+
+
+def test_what_an_earlier_run_left_is_not_exported(capsys, copied):
+    shutil.copy(copied / "model.safetensors", copied / "supernet.safetensors")
+    words = ["export", "digits", *SHORT[:2], "--out", copied, "--bits", 8, "--json"]
+    status, out, err = call(capsys, *words)
+    assert status == 0, err
+    assert [Path(row["file"]).name for row in json.loads(out)["files"]] == ["model-8bit.onnx"]
+    one_line(call(capsys, *words, "--seed", 7), "holds a pretrain stage made otherwise (seed was 0, is 7)")
+
+
+def test_a_part_that_was_printed_as_null_takes_overrides(tmp_path):
+    (tmp_path / "printed.yaml").write_text(to_yaml(load_recipe("digits", ["supernet=null"])))
+    recipe = load_recipe(str(tmp_path / "printed.yaml"), ["supernet.epochs=3"])
+    assert recipe.supernet is not None and recipe.supernet.epochs == 3

@@ -1,11 +1,13 @@
 """What commands show on the way: bars on a terminal, nothing into a pipe."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from bitswitch.cli import console
+from bitswitch.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -19,6 +21,13 @@ def test_a_bar_is_shown_on_a_terminal_alone_and_by_the_first_rank(monkeypatch, t
         assert ("evaluate" in stream.getvalue()) == shown and (
             "3/3" in stream.getvalue() or "100%" in stream.getvalue()
         ) == shown
+
+
+def test_what_was_found_is_shown_though_the_file_is_refused(tmp_path, capsys):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match="taken"):
+        console.emit({"found": 1}, True, lambda: None, tmp_path / "taken" / "evaluate.json")
+    assert json.loads(capsys.readouterr().out) == {"found": 1}
 
 
 def _tracked(silent):

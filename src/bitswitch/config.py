@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from bitswitch import codes, files
 from bitswitch.errors import UserError, nearest
@@ -14,6 +14,24 @@ from bitswitch.errors import UserError, nearest
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML reads `on`, `yes` and `true` as true, of which pydantic would make 1.
+        if _holds_truth(value) and _is_numeric(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("give a number, not true or false (in YAML on, off, yes and no, too)")
+        return value
+
+
+def _holds_truth(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    return any(map(_holds_truth, value)) if isinstance(value, list | tuple) else isinstance(value, bool)
+
+
+def _is_numeric(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(_is_numeric, get_args(annotation)))
 
 
 class ModelPart(_Part):
@@ -295,9 +313,32 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without what nobody means: a key said twice, of which the last would count, and numbers to base 60 (1:30 is 90)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1 and key != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def number_or_text(self, node: yaml.ScalarNode) -> Any:
+        """What has a colon is text."""
+        if ":" in node.value:
+            return node.value
+        return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number_or_text)
+
+
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply") from error
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         # The latter from values of a type that YAML knows, such as a date that there is not.
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
@@ -309,7 +350,9 @@ def _override(value: dict[str, Any], override: str) -> None:
         raise UserError(f"override {override!r} is not key=value, such as train.epochs=30")
     *parents, last = key.split(".")
     for parent in parents:
-        inner = value.get(parent, {})
+        # A part that is left out is null where a recipe was printed.
+        inner = value.get(parent)
+        inner = {} if inner is None else inner
         if not isinstance(inner, dict):
             raise UserError(f"override {override!r}: {parent!r} has no keys inside")
         # A copy: through an anchor of YAML, another part may be the same mapping.
@@ -323,9 +366,10 @@ def _override(value: dict[str, Any], override: str) -> None:
 
 def _first(error: ValidationError, value: Any) -> str:
     """The first thing that is wrong, in one line."""
-    first = error.errors()[0]
-    # Alternatives of a union appear as parts of the location that no user wrote.
-    location = [part for part in first["loc"] if isinstance(part, str) and "[" not in part]
+    found = [(_location(one["loc"], value, one["type"] == "missing"), one) for one in error.errors()]
+    # Of alternatives, the one that fits furthest is likely the one that was meant.
+    start = found[0][0]
+    location, first = max((one for one in found if one[0][: len(start)] == start), key=lambda one: len(one[0]))
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -337,14 +381,30 @@ def _first(error: ValidationError, value: Any) -> str:
         return f"key {key!r} is missing"
     if first["type"] == "model_type":
         return f"{key}={first['input']!r}: give its keys, such as {key}.{_known_keys(location)[0]}=..."
+    same = [one["msg"] for at, one in found if at == location]
     message = first["msg"].removeprefix("Value error, ")
+    if len(same) > 1 and all(one.startswith(_SHOULD) for one in same):
+        message = _SHOULD + " or ".join(one.removeprefix(_SHOULD).partition(", unable")[0] for one in same)
     if not key:
         return message
-    if first["type"] == "string_type":
+    if first["type"] == "string_type" and not isinstance(first["input"], list | dict):
         message += f": quote it, {key}=\"'{first['input']}'\""
     return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}" if key != "bits" else message
 
 
+def _location(parts: Sequence[str | int], value: Any, missing: bool) -> list[str]:
+    """The keys that lead to what is wrong or missing, without the names of alternatives of a union, which no user wrote."""
+    keys = []
+    for i, part in enumerate(parts):
+        if isinstance(value, dict) and (part in value or (missing and i == len(parts) - 1)):
+            keys.append(str(part))
+            value = value.get(part)
+        elif isinstance(value, list | tuple) and isinstance(part, int) and part < len(value):
+            value = value[part]
+    return keys
+
+
+_SHOULD = "Input should be "
 _PARTS = ("model", "data", "pretrain", "train", "sensitivity", "supernet", "search")
 
 

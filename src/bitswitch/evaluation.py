@@ -89,6 +89,10 @@ def evaluate_file(
     if not name:
         raise UserError(f"{path} does not say what data it is for: give them with --data")
     data = data_for(path, name, subject)
+    if not data.size(split):
+        raise UserError(
+            f"{name} has no {split} images (of val a share of train, data.val_fraction): use another --split"
+        )
     model, world = subject.model.to(device), world or World()
     plan = _Plan(
         split=split,
@@ -287,7 +291,9 @@ def training_views(data: DataSet, count: int, device: torch.device) -> list[Tens
     network was trained with; those of the bare images are others.
     """
     views: list[Tensor] = []
-    stream = data.training_batches(batch_size=min(_BATCH, count), seed=0, device=device)
+    # Batches count alike in the statistics, so that they are as equal as whole ones of one size can be.
+    size = -(-count // -(-count // _BATCH))
+    stream = data.training_batches(batch_size=size, seed=0, device=device)
     for images, _ in itertools.chain.from_iterable(map(stream.epoch, itertools.count())):
         views.append(images[: count - sum(map(len, views))])
         if sum(map(len, views)) == count:

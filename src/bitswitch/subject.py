@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitswitch import artifact, files
-from bitswitch.data import DataSet, Preprocessing, load_data
+from bitswitch.data import DataSet, Preprocessing, load_data, place_of
 from bitswitch.errors import UserError
 from bitswitch.export import load
 from bitswitch.models import build, is_trusted, load_weights
@@ -137,7 +137,7 @@ def data_for(path: str | Path, name: str, subject: Subject) -> DataSet:
     config = subject.data_config or {}
     said = {key: config[key] for key in ("val_fraction", "unreadable") if key in config}
     try:
-        data = load_data(name, **said)
+        data = load_data(*place_of(name, config.get("name")), **said)
     except TypeError as error:
         raise UserError(f"{path} tells of its data what they cannot have ({error}): {said}") from error
     if subject.preprocessing is not None:

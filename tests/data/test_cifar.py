@@ -7,10 +7,12 @@ import urllib.error
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchvision import datasets
 
 from bitswitch.data import load_data
 from bitswitch.errors import UserError
+from bitswitch.subject import Subject, data_for
 
 KINDS = {
     "cifar10": (datasets.CIFAR10, "labels", ["airplane", "automobile", "bird"]),
@@ -53,6 +55,23 @@ def test_torchvisions_layout(stored, cpu):
     assert np.array_equal(data.test.images.permute(0, 2, 3, 1).numpy(), reference.data)
     assert data.test.labels.tolist() == reference.targets and data.test.labels.dtype == torch.int64
     assert next(data.training_batches(batch_size=6, seed=0, device=cpu).epoch(0))[0].shape == (6, 3, 32, 32)
+
+
+def test_a_folder_is_opened_to_evaluate_as_a_run_opened_it(stored):
+    name, root = stored
+    told = Subject(model=nn.Identity(), widths=(), data_config={"name": name, "val_fraction": 0.2})
+    data, run = data_for("x.safetensors", str(root), told), load_data(name, root, val_fraction=0.2)
+    assert data.fingerprint() == run.fingerprint() and torch.equal(data.val.images, run.val.images)
+    with pytest.raises(UserError, match=r"no folders of images|holds no images"):
+        data_for("x.safetensors", str(root), Subject(model=nn.Identity(), widths=(), data_config={"name": "digits"}))
+
+
+def test_val_of_an_imagenet_is_that_of_its_training(make_folder):
+    # Small images of one size, which an image folder holds in memory and splits by their pixels.
+    root = make_folder(train=20, test=4)
+    told = Subject(model=nn.Identity(), widths=(), data_config={"name": "imagenet", "val_fraction": 0.2})
+    data, run = data_for("x.safetensors", str(root), told), load_data("imagenet", root, val_fraction=0.2)
+    assert len(run.val.paths) == 12 and data.val.paths == run.val.paths
 
 
 def test_a_pickle_with_another_checksum_is_never_opened(stored):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +156,23 @@ def test_damaged_images(make_folder, sizes, how):
         damage(path, how)
     assert "and 3 more" in refused(root)
     assert "class bee has no image that can be read" in refused(root, unreadable="skip")
+
+
+def test_a_damaged_image_whose_name_is_not_utf8(make_folder):
+    root = make_folder(train=4, test=2)
+    Path(os.fsdecode(os.fsencode(root / "train" / "ant") + b"/br\xf6ken.png")).write_text("no image")
+    for _ in range(2):  # the second time from the cache
+        assert "ken.png" in refused(root)
+        with pytest.warns(UserWarning, match="1 of 19 images are left out"):
+            load_data("image_folder", root, unreadable="skip")
+
+
+def test_hidden_folders_hold_no_images(make_folder):
+    root = make_folder(train=4, test=2)
+    shutil.copytree(root / "train" / "ant", root / "train" / "ant" / ".ipynb_checkpoints")
+    shutil.copytree(root / "train" / "ant", root / "train" / "ant" / "deeper")
+    data = load_data("image_folder", root, val_fraction=0)
+    assert data.size("train") == 16
 
 
 def test_a_disk_that_failed_once_is_not_remembered(make_folder, monkeypatch):

@@ -42,6 +42,9 @@ def test_a_run_on_an_image_folder(call, make_folder, tmp_path):
     status, _, told = call("evaluate", artifact)
     assert status == 2 and "--data FOLDER" in told
 
+    told = call("evaluate", artifact, "--data", moved / "test", "--split", "val", "--device", "cpu")
+    commands.one_line(told, "has no val images", "use another --split")
+
     (moved / "test" / "ant").rename(moved / "test" / "dog")
     status, _, told = call("evaluate", artifact, "--data", moved / "test", "--device", "cpu")
     assert status == 2 and "has the classes bee, cow, dog (3)" in told and "trained on ant, bee, cow (3)" in told

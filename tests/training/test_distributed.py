@@ -51,7 +51,9 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(tmp_path):
     command = [*TORCHRUN, "2", "-m", "bitswitch", "run", "digits", "train.batch_size=63", "--out", str(tmp_path / "x")]
     result = subprocess.run([*command, "pretrain.epochs=1"], capture_output=True, text=True, timeout=200)
     assert result.returncode != 0
-    assert "batch_size=63 cannot be shared evenly by 2 ranks" in result.stderr
+    assert "stage train: batch_size=63 cannot be shared evenly by 2 ranks" in result.stderr
+    # Before the float network is trained for nothing.
+    assert not (tmp_path / "x" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(

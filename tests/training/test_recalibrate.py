@@ -42,11 +42,22 @@ def test_what_sees_no_images_keeps_its_statistics(quantized, images):
     assert changed and all(".variants.2." in name for name in changed)
 
 
+def test_a_batch_too_small_leaves_all_statistics(images):
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4), torch.nn.BatchNorm1d(4))
+    network(images)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(UserError, match="one image is too few"):
+        recalibrate(network, [images, images[:1]], None)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert network[2].momentum == 0.1
+
+
 def test_images_are_seen_as_training_sees_them():
     data = load_data("digits", val_fraction=0.1)
     first, last = training_views(data, 300, torch.device("cpu"))
-    assert len(first) == 256 and len(last) == 44
-    again = next(data.training_batches(batch_size=256, seed=0, device=torch.device("cpu")).epoch(0))[0]
+    # Batches count alike, so that none is small.
+    assert len(first) == 150 and len(last) == 150
+    again = next(data.training_batches(batch_size=150, seed=0, device=torch.device("cpu")).epoch(0))[0]
     assert torch.equal(first, again) and not torch.equal(first[:100], data.sample(100))
     assert [len(x) for x in training_views(data, 20, torch.device("cpu"))] == [20]
 

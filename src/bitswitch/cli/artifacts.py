@@ -157,12 +157,7 @@ def export(
                 f"there is no file {file}, and no recipe of that name (bitswitch recipes lists them){known}"
             )
         recipe = load_recipe(file, overrides or [], seed=seed)
-        directory = run_directory(out, file)
-        path = directory.supernet if directory.supernet.is_file() else directory.artifact
-        if not path.is_file():
-            raise UserError(
-                f"stage train is not done in {directory.path}: bitswitch run {file} --out {directory.path} does it"
-            )
+        path = pipeline.artifact_of(recipe, run_directory(out, file), file)
         out, beside, images = None, path.parent, pipeline.open_data(recipe).sample(deployment.CALIBRATION_IMAGES)
     elif overrides:
         raise UserError(f"{overrides[0]!r}: overrides are for a recipe, {file} is a file")

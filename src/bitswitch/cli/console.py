@@ -73,8 +73,6 @@ def tracked(what: str, parts: Iterable[Part], count: int, *, silent: bool) -> It
 
 def emit(document: dict[str, Any], as_json: bool, show: Callable[[], None], file: Path | None = None) -> None:
     """A document as the only thing on stdout, or shown to a reader; and into a file where one is named."""
-    if file is not None:
-        files.write_json(file, document)
     try:
         if as_json:
             sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
@@ -84,6 +82,10 @@ def emit(document: dict[str, Any], as_json: bool, show: Callable[[], None], file
     except OSError as error:
         # Here, since typer would end with 1 where the reader went away.
         raise StdoutRefused(error.errno == errno.EPIPE, str(error.strerror)) from error
+    finally:
+        # Last: what took hours is on stdout, should the file be refused.
+        if file is not None:
+            files.write_json(file, document)
 
 
 @contextlib.contextmanager

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (typer.Abort, KeyboardInterrupt):
         # A second one, out of impatience, is to change nothing.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        errors.print("interrupted; the same command goes on from the last checkpoint")
+        errors.print(_interrupted(given))
         code = _INTERRUPTED
     except StdoutRefused as error:
         # What is left in its buffer cannot be written, of which Python would complain at its end.
@@ -105,6 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception:
         code = _fault()
     sys.exit(code)
+
+
+def _interrupted(given: Sequence[str]) -> str:
+    if given[:1] and given[0] not in stages.COMMANDS:
+        return "interrupted"
+    # Said again, --fresh would throw away what this command did.
+    same = "the same command without --fresh" if "--fresh" in given else "the same command"
+    return f"interrupted; {same} goes on from the last checkpoint"
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

@@ -5,7 +5,7 @@ from bitswitch.data.images import ImageSet
 from bitswitch.data.loader import FileDataSet, FileSet
 from bitswitch.data.memory import MemoryDataSet
 from bitswitch.data.preprocessing import Preprocessing
-from bitswitch.data.sources import load_data
+from bitswitch.data.sources import load_data, place_of
 
 __all__ = [
     "Batches",
@@ -16,4 +16,5 @@ __all__ = [
     "MemoryDataSet",
     "Preprocessing",
     "load_data",
+    "place_of",
 ]

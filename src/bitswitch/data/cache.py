@@ -43,7 +43,8 @@ class Cache:
 
     def write(self, name: str, tensors: Mapping[str, Tensor], note: Any) -> None:
         """Keep tensors and a JSON value under `name`; a warning where the disk does not take them."""
-        text = files.canonical_json(note)
+        # A file's name that is not UTF-8 may be in it; what is put in its place is JSON's own escape.
+        text = files.canonical_json(note).encode(errors="backslashreplace").decode()
         metadata = {"note": text, "checksum": _checksum(name, tensors, text)}
         try:
             files.write(self._path(name), save(dict(tensors), metadata=metadata))

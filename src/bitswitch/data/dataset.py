@@ -101,6 +101,16 @@ class DataSet(ABC):
         Raises:
             UserError: there are no training images, or the ranks cannot share the batch evenly.
         """
+        whole = self.training_batch(batch_size, world)
+        schedule = Schedule(images=self.size("train"), batch_size=whole, seed=seed, rank=rank, world=world)
+        return self._batches(schedule, device)
+
+    def training_batch(self, batch_size: int, world: int = 1) -> int:
+        """How many images a global batch of `training_batches` has: as many as asked for, where the training set has them.
+
+        Raises:
+            UserError: as `training_batches`.
+        """
         self._need_training_images()
         if batch_size % world:
             raise UserError(
@@ -112,10 +122,7 @@ class DataSet(ABC):
             raise UserError(
                 f"{self.name} has {self.size('train')} training images, fewer than there are ranks ({world})"
             )
-        schedule = Schedule(
-            images=self.size("train"), batch_size=min(batch_size, most), seed=seed, rank=rank, world=world
-        )
-        return self._batches(schedule, device)
+        return min(batch_size, most)
 
     def _need_training_images(self) -> None:
         if not self.size("train"):

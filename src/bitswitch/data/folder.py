@@ -91,7 +91,8 @@ def _images_below(folder: Path) -> list[str]:
             inside.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        # A leading dot marks what other systems leave behind, such as the ._x.jpg of macOS.
+        # A leading dot marks what other programs leave behind, such as ._x.jpg and .ipynb_checkpoints.
+        inside[:] = [name for name in inside if not name.startswith(".")]
         found += [
             os.path.join(place, name)  # noqa: PTH118 (Path is slow for a million files)
             for name in names

@@ -124,7 +124,7 @@ class ImageFolder:
         first = failures[min(failures)]
         told = f"{first}{f', and {len(failures) - 1} more' if len(failures) > 1 else ''}"
         if self.unreadable == "refuse":
-            raise UserError(f"{told}: mend or remove what is damaged, or leave it out with data.unreadable=skip")
+            raise UserError(f"{told}: mend or remove what is damaged; a run leaves it out with data.unreadable=skip")
         for part in (range(listing.train), range(listing.train, len(listing.names))):
             lost = {listing.labels[i] for i in part} - {listing.labels[i] for i in part if i not in failures}
             if lost:

@@ -29,6 +29,7 @@ _CIFAR = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 _CIFAR_SHIFT = 4
+_TORCHVISION: dict[Any, Any] = {"cifar10": torchvision_datasets.CIFAR10, "cifar100": torchvision_datasets.CIFAR100}
 
 
 def load_data(
@@ -92,6 +93,22 @@ def load_data(
     return folder.as_files() if kind == "imagenet" else folder.opened()
 
 
+def place_of(name: str, trained_on: object) -> tuple[str, str | None]:
+    """(name, root) for `load_data` of what a network is scored on.
+
+    A folder is opened as the data that the network was trained on were: the same images, opened otherwise, are split otherwise.
+
+    Args:
+        name: a data name or a folder.
+        trained_on: the data name that the network's file tells, if any.
+    """
+    if name not in _NAMES and files.is_folder(Path(name)):
+        kept = _TORCHVISION[trained_on].base_folder if trained_on in _TORCHVISION else None
+        if trained_on == "imagenet" or (kept is not None and files.is_folder(Path(name, kept))):
+            return str(trained_on), name
+    return name, None
+
+
 def _check(name: str, val_fraction: float, unreadable: str, download: bool, workers: int) -> None:
     if name not in _NAMES:
         if os.sep in name:
@@ -145,7 +162,7 @@ def _cifar_of_folder(folder: ImageFolder) -> MemoryDataSet:
 
 def _cifar_of_torchvision(name: str, root: Path, val_fraction: float, download: bool) -> MemoryDataSet:
     """CIFAR as torchvision keeps it. Its files are pickles: they are opened only where their MD5 is the published one."""
-    kind: Any = {"cifar10": torchvision_datasets.CIFAR10, "cifar100": torchvision_datasets.CIFAR100}[name]
+    kind = _TORCHVISION[name]
     kept = root / kind.base_folder
     if not download and not root.is_dir():
         raise UserError(

@@ -1,7 +1,17 @@
 """Stages joined, each reading the run directory and writing to it."""
 
-from bitswitch.pipeline.execute import STAGES, execute, stages_of
+from bitswitch.pipeline.execute import STAGES, artifact_of, execute, stages_of
 from bitswitch.pipeline.run import Reporter, Run, choose_device, open_data
 from bitswitch.pipeline.training import joint_objective
 
-__all__ = ["STAGES", "Reporter", "Run", "choose_device", "execute", "joint_objective", "open_data", "stages_of"]
+__all__ = [
+    "STAGES",
+    "Reporter",
+    "Run",
+    "artifact_of",
+    "choose_device",
+    "execute",
+    "joint_objective",
+    "open_data",
+    "stages_of",
+]

@@ -17,16 +17,18 @@ from bitswitch.nn import quantized_layers
 from bitswitch.pipeline.run import Run, about, build_network, quantized
 
 
-def check_micro_batches(run: Run, data: DataSet, stage: str) -> None:
-    """Refuse micro-batches that do not divide a rank's batch.
+def check_batches(run: Run, data: DataSet, stage: str) -> None:
+    """Refuse a batch that the ranks cannot share, and micro-batches that do not divide a rank's.
 
     Raises:
-        UserError: they do not.
+        UserError: they do not, or there are no training images.
     """
     part, ranks = getattr(run.recipe, stage), run.world.size
     if isinstance(part, PretrainPart | QuantizedPart) and part.epochs:
-        # As `training_batches` makes them.
-        rank_batch = min(part.batch_size, data.size("train") // ranks * ranks) // ranks
+        try:
+            rank_batch = data.training_batch(part.batch_size, ranks) // ranks
+        except UserError as error:
+            raise UserError(f"stage {stage}: {error}") from error
         if rank_batch % part.micro_batches:
             raise UserError(
                 f"{stage}.micro_batches={part.micro_batches}: a rank's batch of {rank_batch} images cannot be divided into so "

@@ -90,6 +90,33 @@ def stages_of(recipe: Recipe) -> tuple[str, ...]:
     return STAGES if mixed else ("pretrain", "train")
 
 
+def artifact_of(recipe: Recipe, directory: RunDirectory, typed: str) -> Path:
+    """The artifact of a recipe's run: the SuperNet's where the recipe asks for one and it is trained, else joint training's.
+
+    Args:
+        recipe: with its overrides.
+        directory: of the run.
+        typed: the recipe's name or path.
+
+    Raises:
+        UserError: there is none, or it was made from another configuration.
+    """
+    records = directory.records()
+    for stage, path in (("supernet", directory.supernet), ("train", directory.artifact)):
+        if stage in stages_of(recipe) and records.get(stage, {}).get("done") and path.is_file():
+            for one in _needed([stage]):
+                if one in records and (found := changes(records[one]["config"], _config(recipe, one))):
+                    raise UserError(
+                        f"{directory.path} holds a {one} stage made otherwise ({'; '.join(found)}): say the overrides that "
+                        f"it was made with, or another --out; or give the file, {path}"
+                    )
+            return path
+    raise UserError(
+        f"stage train is not done in {directory.path}: bitswitch run {typed} --out {directory.path} does it, with the same "
+        "overrides"
+    )
+
+
 def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str, Any]:
     """Do the stages that are not done yet, in order.
 
@@ -138,7 +165,7 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
             )
     for stage in stages:
         if not _is_done(run, records.get(stage)):
-            checks.check_micro_batches(run, data, stage)
+            checks.check_batches(run, data, stage)
     if not _is_done(run, records.get("pretrain")):
         checks.check_network(run, data, stages)
     if "search" in stages:

@@ -23,7 +23,8 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], precision: Precision
         precision: the width or assignment that the statistics are for; None: the widths in use.
 
     Raises:
-        UserError: there are no images, as from a generator that was used before; the statistics stay.
+        UserError: there are no images, as from a generator that was used before, or a batch has one image where a
+            normalization needs more. The statistics stay, as they do whatever stops this.
     """
     batches = iter(images)
     first = next(batches, None)
@@ -33,6 +34,7 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], precision: Precision
         norms = _in_use(model)
         momenta = [norm.momentum for norm in norms]
         before = [{name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms]
+        kept: set[nn.Module] = set()
         try:
             for norm in norms:
                 norm.reset_running_stats()
@@ -41,11 +43,19 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], precision: Precision
                 norm.train()
             for x in itertools.chain([first], batches):
                 model(x)
+            # Others are such as those of a head that is for training alone.
+            kept = {norm for norm in norms if norm.num_batches_tracked}
+        except ValueError as error:
+            # torch's own words.
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                "a batch of one image is too few to recalibrate batch normalization with: use more"
+            ) from error
         finally:
             for norm, momentum, statistics in zip(norms, momenta, before, strict=True):
                 norm.momentum = momentum
-                if not norm.num_batches_tracked:
-                    # Such as those of a head that is for training alone.
+                if norm not in kept:
                     norm.load_state_dict(statistics, strict=False)
 
 
