@@ -100,6 +100,15 @@ def test_the_file_is_the_same(quantized, tmp_path):
     assert (tmp_path / "cuda.safetensors").read_bytes() == (tmp_path / "cpu.safetensors").read_bytes()
 
 
+def test_graphs_of_a_model_on_the_gpu(quantized, images, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = quantized.to("cuda").eval()
+    for inputs in (images, images.cuda()):
+        bs.save(model, tmp_path / "m.safetensors", example_inputs=inputs)
+        bs.export_onnx(model, tmp_path / "m.onnx", example_inputs=inputs)
+
+
 def test_a_run_of_all_stages(tmp_path, capsys):
     words = ["pretrain.epochs=2", "train.epochs=1", "supernet.epochs=1", "sensitivity.images=64", "search.points=2"]
     out = tmp_path / "run"

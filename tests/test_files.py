@@ -1,4 +1,7 @@
 import errno
+import os
+import stat
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +66,24 @@ def test_a_link_stays_a_link(tmp_path):
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "target").read_bytes() == content
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
+
+
+def test_who_may_read_a_file_stays(tmp_path):
+    (tmp_path / "own").write_bytes(b"one")
+    (tmp_path / "own").chmod(0o600)
+    files.write(tmp_path / "own", b"two")
+    assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o600 and (tmp_path / "own").read_bytes() == b"two"
+
+
+def test_what_can_be_no_file_is_told_and_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("here").symlink_to("there")
+    Path("there").symlink_to("here")
+    for path in ("pipe", "here", "", ".", "/", "a\0b"):
+        with pytest.raises(UserError, match="cannot write"):
+            files.write(path, b"one")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "pipe", "there"] and Path("pipe").is_fifo()
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/a", "memory:/a"])

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,38 @@ def write(path: str | Path, content: bytes) -> None:
     """Write `content` to `path`: a temporary file beside it, flushed to the disk, then renamed over it.
 
     Whatever goes wrong, the earlier file is whole; a temporary file is left only where the process was killed. Of a symbolic
-    link the file that it leads to is written.
+    link the file that it leads to is written. Who may read an earlier file may read the new one.
 
     Raises:
-        UserError: the file cannot be written (full disk, no permission, no such folder), or is a URL.
+        UserError: the file cannot be written (full disk, no permission, no such folder), or is a URL, a device or a pipe.
     """
     if _URL.match(str(path)):
         raise UserError(f"cannot write {path}: a URL is read, not written; give a file of this machine")
-    path = Path(path)
-    if path.is_symlink():
-        path = path.resolve()
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    path, temporary = Path(path), None
     try:
+        if path.is_symlink():
+            path = path.resolve()
+        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as stream:
+        mode = path.stat().st_mode if path.exists() else None
+        if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError("it is a device or a pipe, which a file would replace")
+        with beside.open("xb") as stream:
+            temporary = beside
             stream.write(content)
             stream.flush()
+            if mode is not None:
+                temporary.chmod(stat.S_IMODE(mode))
             os.fsync(stream.fileno())
         temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, ValueError, RuntimeError) as error:
+        # The latter two of names that can be no file's, and of links in a circle.
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {path}: {reason}; what was there before is as it was") from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def is_file(path: Path) -> bool:

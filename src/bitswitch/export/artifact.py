@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +35,7 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     frontier: Sequence[Mapping[str, Any]] = (),
     example_inputs: Tensor | tuple[Any, ...] | None = None,
-    additions: Additions = "requantized",
+    additions: Additions | None = None,
 ) -> None:
     """Write the model's artifact: one integer code per quantized weight, scales, per-width parameters, float rest.
 
@@ -55,13 +56,18 @@ def save(
             exported with it and stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and
             `runtime`. Where it is not given, a model that was loaded and has not changed keeps the graph of its file.
         additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`, where every layer has
-            8 bits or nothing is lost, and `example_inputs` show 64 results of each channel; or "exact", which keeps the sums
-            of all convolutions but those grouped and 1-d ones that one layer alone reads.
+            8 bits or nothing is lost, and `example_inputs` show 64 results of each channel, which is what is done where it is
+            not given; or "exact", which keeps the sums of all convolutions but those grouped and 1-d ones that one layer
+            alone reads.
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be
             written.
     """
+    if additions is not None and example_inputs is None:
+        raise UserError(
+            f"additions={additions!r} says how a graph is made: give example_inputs= to make one, or leave it out"
+        )
     model = unwrapped(model)
     header, tensors = contents(model, network, preprocessing, classes, provenance, frontier)
     located = getattr(model, "bitswitch_located", None)
@@ -72,7 +78,7 @@ def save(
             header, **{key: getattr(header, key) or getattr(located.header, key) for key in kept}
         )
     if example_inputs is not None:
-        tensors[GRAPH] = _session_graph()(model, header, tensors, example_inputs, additions)
+        tensors[GRAPH] = _session_graph()(model, header, tensors, example_inputs, additions or "requantized")
     elif isinstance(located, artifact.Located) and (graph := _graph_of(located, unchanged)) is not None:
         tensors[GRAPH] = graph
     artifact.write(path, header, tensors)
@@ -211,6 +217,10 @@ def load(
     # Building draws initial weights; the caller's random numbers are not to be moved by it.
     with torch.random.fork_rng(devices=[]):
         network = _network(located, model)
+    if any(tensor.is_meta for tensor in itertools.chain(network.parameters(), network.buffers())):
+        raise UserError(
+            f"model: this {type(network).__name__} is on the meta device and has no place for values: build it on the CPU"
+        )
     plan = Plan(
         widths=header.widths,
         layers={layer.name: layer.input for layer in header.layers},  # type: ignore[misc]

@@ -1,6 +1,7 @@
 """The ONNX graph of a quantized model's float network, in which layers and batch normalizations still stand apart."""
 
 import copy
+import inspect
 import re
 import warnings
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
 
 from bitswitch.errors import UserError, require
 from bitswitch.nn import QuantizedLayer, SwitchableBatchNorm
@@ -46,7 +48,7 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
     inputs = _batch_of_two(example_inputs)
     batch = torch.export.Dim("batch")
     size = inputs[0].shape[0]
-    shapes = tuple({0: batch} if isinstance(x, Tensor) and x.dim() and x.shape[0] == size else None for x in inputs)
+    shapes = tree_map(lambda x: {0: batch} if _has_batch(x, size) else None, inputs)
     twin = float_twin(model)
     try:
         with warnings.catch_warnings():
@@ -59,7 +61,7 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
                 optimize=False,
                 verbose=False,
                 opset_version=OPSET,
-                dynamic_shapes=shapes,
+                dynamic_shapes=_by_parameter(twin, shapes),
             )
     except Exception as error:
         # The exporter raises many kinds of errors, all of which say that this network is not for it.
@@ -69,6 +71,10 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
     assert program is not None
     graph = program.model.graph
     weights = {f"{name}.weight" if name else "weight" for name, _ in _layers(model)}
+    for value in graph.inputs:
+        # A buffer may have the name of an argument of forward.
+        while value.name in tensors or value.name in weights:
+            value.name = f"{value.name}.input"
     first_names = _first_names(twin)
     for given in list(graph.initializers):
         # The exporter names what a network holds in several places after another of them than the artifact does.
@@ -86,7 +92,9 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
 
 def float_twin(model: nn.Module) -> nn.Module:
     """A copy with float layers and batch normalizations in the places of quantized ones; the weights are zero."""
-    twin = copy.deepcopy(model).eval()
+    # What forward kept of an earlier call has a history, which cannot be copied.
+    past = [x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor) and not x.is_leaf]
+    twin = copy.deepcopy(model, {id(x): x.detach() for x in past}).eval()
     for _, layer in _layers(twin):
         weight = torch.zeros(layer.stored_shape, device="cpu")
         for name in ("weight_quantizer", "input_quantizer"):
@@ -117,9 +125,20 @@ def _batch_of_two(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The inputs with a batch of at least two: torch takes a size of one for a constant."""
     if not example_inputs or not isinstance(example_inputs[0], Tensor) or not example_inputs[0].dim():
         raise UserError("example_inputs: the first must be a tensor whose first dimension is the batch")
-    size = example_inputs[0].shape[0]
-    if size != 1:
-        return example_inputs
-    return tuple(
-        torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x for x in example_inputs
-    )
+    found: tuple[Any, ...] = tree_map_only(Tensor, Tensor.cpu, example_inputs)
+    if found[0].shape[0] == 1:
+        found = tree_map(lambda x: torch.cat([x, x]) if _has_batch(x, 1) else x, found)
+    return found
+
+
+def _has_batch(x: Any, size: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == size
+
+
+def _by_parameter(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One entry for each parameter of forward, as torch wants them: those that `*args` takes are a tuple of their own."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return shapes
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:named], shapes[named:])

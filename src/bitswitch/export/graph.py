@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitswitch.artifact import Header
 from bitswitch.errors import UserError, nearest, require
@@ -102,7 +102,8 @@ def integer_graph(
         )
     require("onnxruntime", "runtime")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    half = [x.dtype for x in (*model.parameters(), *inputs) if isinstance(x, Tensor) and x.dtype in _HALF]
+    leaves = (*model.parameters(), *tree_leaves(inputs))
+    half = [x.dtype for x in leaves if isinstance(x, Tensor) and x.dtype in _HALF]
     if half:
         raise UserError(
             f"this {type(model).__name__} or its example_inputs hold {half[0]}: a graph is float32; give model.float() and "
@@ -227,7 +228,11 @@ def hold_against(
     found = [result for result in executable.run(_numpy(inputs)) if result.dtype.kind == "f"]
     disturbed = None
     for number, (wanted, result) in enumerate(zip(expected, found, strict=True)):
-        noise = np.square(result - wanted).sum()
+        # What is not finite, such as a masked logit, is to be the same; the rest is compared.
+        finite = np.isfinite(wanted)
+        same = np.array_equal(result[~finite], wanted[~finite], equal_nan=True)
+        wanted, result = np.where(finite, wanted, 0), np.where(finite, result, 0)
+        noise = np.square(result - wanted).sum() if same else np.inf
         whole = np.square(wanted).sum()
         signal = np.square(wanted - (wanted.mean(0) if wanted.ndim and len(wanted) > 1 else 0)).sum()
         # Where it answers the same to every input, as to tokens that are all alike, the answer itself is the signal.
@@ -236,7 +241,8 @@ def hold_against(
         if noise <= _GREATEST_NOISE * signal:
             continue
         disturbed = disturbed or _results(model, assignment, _disturbed(inputs))
-        if not noise <= _GREATEST_OWN_NOISE * np.square(disturbed[number] - wanted).sum():
+        own = np.where(finite, disturbed[number] - wanted, 0)
+        if not same or not noise <= _GREATEST_OWN_NOISE * np.square(own).sum():
             widths = "/".join(map(str, sorted(set(assignment.values()), reverse=True)))
             raise UserError(
                 f"the exported graph of this {type(model).__name__} does not compute what the model does at {widths} bits "
@@ -247,21 +253,24 @@ def hold_against(
 @torch.no_grad()
 def _results(model: nn.Module, assignment: Mapping[str, int], inputs: tuple[Any, ...]) -> list[np.ndarray]:
     """The model's results at an assignment, float64, without those of integers; complex ones as ONNX has them, in pairs."""
+    place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with evaluating(model), switched(model, assignment):
-        leaves = tree_leaves(model(*inputs))
+        leaves = tree_leaves(model(*tree_map_only(Tensor, lambda x: x.to(place), inputs)))
     results = (torch.view_as_real(x) if x.is_complex() else x for x in leaves if isinstance(x, Tensor))
     return [x.double().cpu().numpy() for x in results if x.is_floating_point()]
 
 
 def _disturbed(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(
-        x + (_DISTURBANCE * x.std() * torch.randn(x.shape, generator=generator).to(x.device))
-        if isinstance(x, Tensor) and x.is_floating_point()
-        else x
-        for x in inputs
-    )
+
+    def disturbed(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        return x + _DISTURBANCE * x.std() * torch.randn(x.shape, generator=generator).to(x.device)
+
+    found: tuple[Any, ...] = tree_map_only(Tensor, disturbed, inputs)
+    return found
 
 
 def _numpy(inputs: tuple[Any, ...]) -> list[np.ndarray]:
-    return [x.detach().cpu().numpy() for x in inputs if isinstance(x, Tensor)]
+    return [x.detach().cpu().numpy() for x in tree_leaves(inputs) if isinstance(x, Tensor)]

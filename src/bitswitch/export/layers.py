@@ -4,6 +4,7 @@ The result has quantize and dequantize nodes around float operations (QDQ), whic
 convolution where its result is quantized by one node alone, a matrix product also where it stays float.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -149,8 +150,8 @@ def _following_norm(lowering: Lowering, kind: str, out: ir.Value) -> tuple[str |
     return norm, node.attributes.get_float("epsilon", 1e-5), node.outputs[0]
 
 
-def _activation(node: ir.Node | None) -> tuple[float, float | None] | None:
-    """The bounds of a node that does nothing but bound its input, or None."""
+def _activation(node: ir.Node | None) -> tuple[float | None, float | None] | None:
+    """The bounds of a node that does nothing but bound its input, None where it has none on a side; or None."""
     if node is None or node.op_type not in ("Relu", "Clip"):
         return None
     if node.op_type == "Relu":
@@ -158,7 +159,8 @@ def _activation(node: ir.Node | None) -> tuple[float, float | None] | None:
     bounds = [None if value is None else ir.convenience.get_const_tensor(value) for value in node.inputs[1:]]
     if len(bounds) != 2 or bounds[0] is None or bounds[1] is None:
         return None
-    return float(bounds[0].numpy()), float(bounds[1].numpy())
+    least, greatest = (float(bound.numpy()) for bound in bounds if bound is not None)
+    return (None if least == -math.inf else least), (None if greatest == math.inf else greatest)
 
 
 def _source(value: ir.Value) -> tuple[ir.Value, tuple[float | None, float | None]]:
@@ -182,7 +184,8 @@ def _is_nonnegative(value: ir.Value) -> bool:
     if node.op_type in _KEEPING_SIGN:
         return _is_nonnegative(_given(node))
     bounds = _activation(node)
-    return node.op_type in ("Sigmoid", "Softplus") or (bounds is not None and bounds[0] >= 0)
+    least = None if bounds is None else bounds[0]
+    return node.op_type in ("Sigmoid", "Softplus") or (least is not None and least >= 0)
 
 
 def _given(node: ir.Node) -> ir.Value:

@@ -119,11 +119,15 @@ def export_file(
 
 def _drawn(executable: Executable) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    return tuple(
-        torch.randn(_DRAWN_INPUTS, *shape, generator=generator)
-        if kind == "tensor(float)"
-        else torch.zeros(_DRAWN_INPUTS, *shape, dtype=_DRAWN_DTYPES.get(kind, torch.int64))
+    shapes = [
+        (kind, [size if isinstance(size, int) else _DRAWN_INPUTS for size in shape])
         for kind, shape in executable.inputs
+    ]
+    return tuple(
+        torch.randn(shape, generator=generator)
+        if kind == "tensor(float)"
+        else torch.zeros(shape, dtype=_DRAWN_DTYPES.get(kind, torch.int64))
+        for kind, shape in shapes
     )
 
 

@@ -31,6 +31,10 @@ def tensors_of(model: nn.Module) -> dict[str, np.ndarray]:
                 stacked = torch.stack([state[key] for state in states])
                 found[tensor_name(name, key)] = _storable(tensor_name(name, key), stacked, learned=True)
     for name, tensor in _others(model).items():
+        if name in found:
+            raise UserError(
+                f"{name!r} is a tensor of the network by a name that the artifact has for its own: rename it"
+            )
         found[name] = _storable(name, tensor.detach(), learned=isinstance(tensor, nn.Parameter))
     return found
 
@@ -76,9 +80,11 @@ def _storable(name: str, tensor: Tensor, *, learned: bool) -> np.ndarray:
         if learned and not bool(tensor.isfinite().all()):
             raise UserError(f"{name!r} holds values that are not finite: the training diverged")
         return tensor.float().cpu().numpy()
-    if tensor.is_complex() or (tensor.numel() and (int(tensor.min()) < -(2**31) or int(tensor.max()) >= 2**31)):
+    # NumPy's, since torch has no least and greatest of unsigned integers.
+    array = tensor.cpu().numpy()
+    if tensor.is_complex() or (array.size and (int(array.min()) < -(2**31) or int(array.max()) >= 2**31)):
         raise UserError(f"{name!r} ({tensor.dtype}) does not fit the artifact's float32 or int32")
-    return tensor.to(torch.int32).cpu().numpy()
+    return array.astype(np.int32)
 
 
 def fill(model: nn.Module, header: artifact.Header, tensors: Mapping[str, np.ndarray], planes: int) -> None:

@@ -13,6 +13,8 @@ from bitswitch.nn.kept import KeptWeights
 from bitswitch.nn.quantizers import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer, note
 
 Self = TypeVar("Self", bound="QuantizedLayer")
+# Of a quantized layer, and of its entries in an artifact.
+_NAMES = {"codes", "weight_quantizer", "input_quantizer", "weight_scale", "input_scale", "input_offset"}
 
 
 class QuantizedLayer(nn.Module):
@@ -51,7 +53,17 @@ class QuantizedLayer(nn.Module):
         weights: WeightQuantizer | PerWidthWeightQuantizer,
         inputs: ActivationQuantizer,
     ) -> Self:
-        """Take over a float layer's parameters, options and hooks. The float layer must not be used afterwards."""
+        """Take over a float layer's parameters, options and hooks. The float layer must not be used afterwards.
+
+        Raises:
+            UserError: the layer has a tensor or a module by a name that this one needs.
+        """
+        own = {*layer._buffers, *layer._parameters, *layer._modules}
+        if taken := sorted(own & _NAMES):
+            raise UserError(
+                f"a {type(layer).__name__} has {taken[0]!r} of its own, which a quantized layer has, too: rename it, or keep "
+                "the layer float with keep="
+            )
         self = cls.__new__(cls)
         self.__dict__.update(layer.__dict__)
         self.weight_quantizer = weights

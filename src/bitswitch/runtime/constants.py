@@ -14,6 +14,7 @@ import numpy as np
 
 from bitswitch.artifact import Header, tensor_name
 from bitswitch.codes import narrow, signed_range, unsigned_range
+from bitswitch.errors import UserError
 from bitswitch.runtime.bindings import Bindings, Product, Quantizer
 from bitswitch.runtime.whole_bias import GREATEST_BIAS, LEAST_SCALE, whole_bias, with_room
 
@@ -21,6 +22,8 @@ Arrays = dict[str, np.ndarray]
 
 _SIGNED_ZERO_POINT = 128
 _SATURATION = 2**15
+# Of products of weights with input bytes: the rest of an accumulator is for the bias.
+_GREATEST_SUM = 2**31 - GREATEST_BIAS
 # A byte of a branch is fine enough where every layer has this many bits.
 _LEAST_BITS_IN_BYTES = 8
 # One scale for all channels of a branch is fine enough where it makes the noise at most this many times as strong (6 dB).
@@ -195,7 +198,7 @@ def _product(artifact: _Artifact, product: Product, thresholds: np.ndarray, fill
     layer = product.layer
     high, width = artifact.header.widths[0], artifact.assignment[layer]
     codes = narrow(artifact.tensors[tensor_name(layer, "codes")], high, width)
-    fine_shift = artifact.room(layer)
+    fine_shift = min(artifact.room(layer), _shifts_within_32_bits(artifact, layer, codes))
     shift = fine_shift if filled(width) else 0
     codes = codes << shift
     weight_scale = artifact.tensors[tensor_name(layer, "weight_scale")].astype(np.float64).reshape(-1)
@@ -245,6 +248,27 @@ def _product(artifact: _Artifact, product: Product, thresholds: np.ndarray, fill
         return found
     in_bytes = all_in_bytes or bool(moved.mean() <= _MOST_MOVED)
     return (sums | found if in_bytes else found | sums) | {"in_bytes": np.asarray(in_bytes)}
+
+
+def _shifts_within_32_bits(artifact: _Artifact, layer: str, codes: np.ndarray) -> int:
+    """By how many bits codes can be shifted so that no sum of products with input bytes leaves an int32 beside its bias.
+
+    Raises:
+        UserError: as they are, their sums can.
+    """
+    if codes[0].size * 2**15 < _GREATEST_SUM:
+        return 7
+    zero = artifact.zero_point(layer)
+    low, high = (byte - zero for byte in artifact.code_range(layer))
+    rows = codes.reshape(len(codes), -1).astype(np.int64)
+    above, below = np.maximum(rows, 0).sum(1), np.minimum(rows, 0).sum(1)
+    greatest = int(max((above * high + below * low).max(), -(above * low + below * high).min()))
+    if greatest >= _GREATEST_SUM:
+        raise UserError(
+            f"layer {layer!r} sums {codes[0].size} products, which 32 bits may not hold at {artifact.assignment[layer]} bits: "
+            "keep it float (keep=)"
+        )
+    return (_GREATEST_SUM // max(greatest, 1)).bit_length() - 1
 
 
 def _convolution(codes: np.ndarray, scale: np.ndarray, bias: np.ndarray, bias_scale: np.ndarray) -> Arrays:

@@ -61,8 +61,8 @@ class Executable:
             options.profile_file_prefix = str(Path(self._folder.name) / "profile")
         self._session = _session(graph, arrays, options)
         self._names = [value.name for value in self._session.get_inputs()]
-        # ("tensor(float)", the shape without the batch)
-        self.inputs = [(value.type, tuple(value.shape[1:])) for value in self._session.get_inputs()]
+        # ("tensor(float)", the shape, in which a size that is open is a name)
+        self.inputs = [(value.type, tuple(value.shape)) for value in self._session.get_inputs()]
         self.nbytes = sum(array.nbytes for array in arrays.values()) + len(graph)
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
