@@ -21,8 +21,8 @@ def test_rows_are_means_beside_float_in_the_order_of_the_labels():
     assert rows == [
         "|  | stores, kB | 8 bits | 2 bits |",
         "| float |  | 90.00 | 90.00 |",
-        "| bitswitch | 123 | 90.25 (+0.25) | 90.25 (+0.25) |",
-        "| the paper's recipe | 123 | 88.50 (-1.50) | 88.50 (-1.50) |",
+        "| bitswitch | 123 | 90.25 (+0.25 ± 0.75) | 90.25 (+0.25 ± 0.75) |",
+        "| the paper's recipe | 123 | 88.50 (-1.50 ± 0.50) | 88.50 (-1.50 ± 0.50) |",
     ]
     assert "mean of seeds 0, 1, 2" in table and "JPEG" in table and "abcdef012345" in table
 
@@ -31,7 +31,10 @@ def test_networks_of_one_width_are_one_row_of_the_lists_that_hold_them_all():
     known = [*runs(OURS, 1.0, 1.0, 1.0, bits=(8, 6, 2)), *runs(OURS, 1.0, 1.0, 1.0, bits=(4, 3, 2))]
     both = [*runs("lsq-8-alone", 2.0, 1.0, 1.5, bits=(8,)), *runs("lsq-2-alone", 4.0, 4.0, 4.0, bits=(2,))]
     first, second = headline([*known, *both])
-    assert "| LSQ, a network for each width, float weights kept | 247 | 88.50 (-1.50) |  | 86.00 (-4.00) |" in first
+    assert (
+        "| LSQ, a network for each width, float weights kept | 247 | 88.50 (-1.50 ± 0.50) |  | 86.00 (-4.00 ± 0.00) |"
+        in first
+    )
     assert second == headline(known)[1]
     # Not all seeds of one of them, or other seeds: no row.
     assert headline([*known, *both[:-1]]) == headline(known)

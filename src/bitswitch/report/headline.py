@@ -64,8 +64,8 @@ def headline(results: Sequence[_Result]) -> list[str]:
             stored = sum(stored_bytes(some[0]) for some in variants)
             rows.append([label, f"{stored / 1e3:,.0f}", *map(_cell, scores)])
         title = (
-            f"ResNet20 on CIFAR-10, one network for {', '.join(map(str, bits))} bits: top-1 % on test (points above float), "
-            f"mean of seeds {', '.join(map(str, sorted(levels)))}"
+            f"ResNet20 on CIFAR-10, one network for {', '.join(map(str, bits))} bits: top-1 % on test (points above float, "
+            f"± standard deviation over seeds), mean of seeds {', '.join(map(str, sorted(levels)))}"
         )
         shown = [run for variants in ways.values() for some in variants for run in some]
         tables.append(table(title, ["", "stores, kB", *(f"{width} bits" for width in bits)], rows, shown))
@@ -80,4 +80,5 @@ def _cell(scores: Sequence[Mapping[str, float]]) -> str:
     if not scores:
         return ""
     top1, drop = (statistics.mean(score[key] for score in scores) for key in ("top1", "drop"))
-    return f"{top1:.2f} ({-drop:+.2f})"
+    spread = statistics.stdev(score["drop"] for score in scores)
+    return f"{top1:.2f} ({-drop:+.2f} ± {spread:.2f})"
