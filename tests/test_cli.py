@@ -14,6 +14,7 @@ import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.config import load_recipe, to_yaml
 from bitswitch.data import load_data
+from bitswitch.pipeline.execute import _config
 from commands import call, one_line, run_digits
 
 SHORT = ["pretrain.epochs=2", "train.epochs=1", "supernet=null"]
@@ -154,10 +155,11 @@ def test_two_processes_cannot_work_in_one_directory(capsys, copied):
             ["run", "digits", "train.eta=abc"],
             ["'abc': input should be 'paper' or a valid number or a valid dictionary"],
         ),
-        (["run", "digits", "train.epochs=on"], ["train.epochs=True: give a number"]),
-        (["run", "digits", "seed=true"], ["seed=True: give a number"]),
-        (["run", "digits", "search.budgets=[{bits: yes}]"], ["give a number"]),
+        (["run", "digits", "train.epochs=on"], ["train.epochs=True: true and false are no numbers"]),
+        (["run", "digits", "seed=true"], ["seed=True: true and false are no numbers"]),
+        (["run", "digits", "search.budgets=[{bits: yes}]"], ["true and false are no numbers"]),
         (["run", "digits", "train.epochs=1:30"], ["train.epochs='1:30': input should be a valid integer"]),
+        (["run", "digits", "train.eta=&a {8: *a}"], ["is not YAML: Circular reference"]),
         (["run", "digits", "train={lr: 1, lr: 2}"], ["the key 'lr' is there twice"]),
         (["run", "digits", f"train={'[' * 3000}"], ["nested too deeply"]),
         (["run", "digits", "trian.epochs=3"], ["unknown key 'trian'", "did you mean 'train'"]),
@@ -353,7 +355,7 @@ def test_our_own_fault_exits_1(capsys, monkeypatch):
         (["run", "digits"], "interrupted; the same command goes on from the last checkpoint\n"),
         (
             ["run", "digits", "--fresh"],
-            "interrupted; the same command without --fresh goes on from the last checkpoint\n",
+            "interrupted; the same command starts over; without --fresh it goes on from the last checkpoint\n",
         ),
         (["recipes"], "interrupted\n"),
     ],
@@ -738,6 +740,24 @@ def test_what_an_earlier_run_left_is_not_exported(capsys, copied):
     assert status == 0, err
     assert [Path(row["file"]).name for row in json.loads(out)["files"]] == ["model-8bit.onnx"]
     one_line(call(capsys, *words, "--seed", 7), "holds a pretrain stage made otherwise (seed was 0, is 7)")
+
+
+def test_a_supernet_of_another_joint_network_is_not_exported(capsys, copied):
+    """`train --fresh` after a SuperNet's training."""
+    words, records = ["digits", *SHORT[:2]], json.loads((copied / "stages.json").read_text())
+    recipe = load_recipe(*words[:1], words[1:])
+    made = {"done": True, "inputs": {"train": "0" * 64}, "outputs": {}, "result": {}}
+    inputs = {"pretrain": records["train"]["inputs"]["pretrain"]}
+    records["sensitivity"] = made | {"config": _config(recipe, "sensitivity"), "inputs": inputs}
+    records["supernet"] = made | {"config": _config(recipe, "supernet")}
+    (copied / "stages.json").write_text(json.dumps(records))
+    shutil.copy(copied / "model.safetensors", copied / "supernet.safetensors")
+    one_line(
+        call(capsys, "export", *words, "--out", copied), "a supernet stage made otherwise (train was done again since)"
+    )
+    records["train"]["done"] = False
+    (copied / "stages.json").write_text(json.dumps(records))
+    one_line(call(capsys, "export", *words, "--out", copied), "holds a train stage made otherwise (it is not done)")
 
 
 def test_a_part_that_was_printed_as_null_takes_overrides(tmp_path):

@@ -162,6 +162,19 @@ def test_mobilenets_bottlenecks_keep_both_signs():
     assert two_sided == 17
 
 
+def test_a_merged_mapping_is_no_key_said_twice(tmp_path):
+    text = (
+        "extends: digits\nmodel:\n  args:\n    common: &c {width: 8, depth: 2}\n    stages: [{first: &f {<<: *c, width: 16}}]\n"
+        "    head: {<<: *f, classes: 10}\n"
+    )
+    (tmp_path / "a.yaml").write_text(text)
+    args = load_recipe(str(tmp_path / "a.yaml")).model.args
+    assert args["head"] == {"width": 16, "depth": 2, "classes": 10}
+    (tmp_path / "a.yaml").write_text(f"{text}    head: 3\n")
+    with pytest.raises(UserError, match="the key 'head' is there twice"):
+        load_recipe(str(tmp_path / "a.yaml"))
+
+
 def test_recipes_extend_one_another(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: cifar10-resnet20\ntrain: {epochs: 3}\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\ntrain: {lr: 1.0e-2}\n")

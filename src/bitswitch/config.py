@@ -1,5 +1,6 @@
 """What a recipe may say, and how a recipe and overrides become one checked configuration."""
 
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -19,8 +20,8 @@ class _Part(BaseModel):
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         # YAML reads `on`, `yes` and `true` as true, of which pydantic would make 1.
-        if _holds_truth(value) and _is_numeric(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError("give a number, not true or false (in YAML on, off, yes and no, too)")
+        if _is_numeric(cls.model_fields[str(info.field_name)].annotation) and _holds_truth(value):
+            raise ValueError("true and false are no numbers (in YAML on, off, yes and no are these, too)")
         return value
 
 
@@ -316,12 +317,16 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML without what nobody means: a key said twice, of which the last would count, and numbers to base 60 (1:30 is 90)."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here, since what a merge key brings in comes later.
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
-            if keys.count(key) > 1 and key != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key[1]!r} is there twice", node.start_mark
+                )
+        return node
 
     def number_or_text(self, node: yaml.ScalarNode) -> Any:
         """What has a colon is text."""
@@ -336,7 +341,10 @@ for _kind in ("int", "float"):
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        # What holds itself, by an anchor, is no plain value.
+        json.dumps(value, default=str)
+        return value
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -388,7 +396,8 @@ def _first(error: ValidationError, value: Any) -> str:
     if not key:
         return message
     if first["type"] == "string_type" and not isinstance(first["input"], list | dict):
-        message += f": quote it, {key}=\"'{first['input']}'\""
+        told = "" if isinstance(first["input"], bool) else f", {key}=\"'{first['input']}'\""
+        message += f": quote it{told}"
     return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}" if key != "bits" else message
 
 

@@ -292,7 +292,8 @@ def training_views(data: DataSet, count: int, device: torch.device) -> list[Tens
     """
     views: list[Tensor] = []
     # Batches count alike in the statistics, so that they are as equal as whole ones of one size can be.
-    size = -(-count // -(-count // _BATCH))
+    most = min(_BATCH, data.size("train") or _BATCH)
+    size = -(-count // -(-count // most))
     stream = data.training_batches(batch_size=size, seed=0, device=device)
     for images, _ in itertools.chain.from_iterable(map(stream.epoch, itertools.count())):
         views.append(images[: count - sum(map(len, views))])

@@ -41,9 +41,11 @@ def write(path: str | Path, content: bytes) -> None:
             temporary = beside
             stream.write(content)
             stream.flush()
-            if mode is not None:
-                temporary.chmod(stat.S_IMODE(mode))
             os.fsync(stream.fileno())
+        if mode is not None:
+            # Some file systems have no modes to change.
+            with contextlib.suppress(OSError):
+                temporary.chmod(stat.S_IMODE(mode))
         temporary.replace(path)
     except (OSError, ValueError, RuntimeError) as error:
         # The latter two of names that can be no file's, and of links in a circle.

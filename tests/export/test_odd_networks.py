@@ -1,5 +1,7 @@
 """Networks that are written in less usual ways: what they take, give, keep and call their tensors."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import bitswitch as bs
 from bitswitch.errors import UserError
 from bitswitch.export.onnx import export_file
 from bitswitch.runtime import Session
+from bitswitch.runtime.constants import _shifts_within_32_bits
 
 IMAGES = torch.randn(8, 3, 9, 10, generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(1))
@@ -76,6 +79,13 @@ class Rest(Plain):
         return super().forward(x) + rest[0] * rest[1]
 
 
+class Optional(Plain):
+    """Takes any number behind two, and is given none."""
+
+    def forward(self, x, scale=None, *rest):
+        return super().forward(x)
+
+
 class Listed(Plain):
     """Takes a list."""
 
@@ -88,7 +98,8 @@ class Keeping(Plain):
 
     def forward(self, x):
         self.seen = self.middle(self.stem(x).relu())
-        return self.head(self.last(self.seen.relu()).relu().mean((2, 3)))
+        self.all = {"seen": [self.seen.relu()]}
+        return self.head(self.last(self.all["seen"][0]).relu().mean((2, 3)))
 
 
 class Weighted(Plain):
@@ -109,9 +120,23 @@ class Weighted(Plain):
         (SameNameOfTwo(), (IMAGES, ROWS[0])),
         (Wrapper(), (IMAGES,)),
         (Rest(), (IMAGES, ROWS[0], ROWS[1])),
+        (Rest(), (IMAGES, ROWS[0], torch.arange(1.0, 6.0))),
+        (Optional(), (IMAGES,)),
         (Listed(), (IMAGES, [ROWS[0], ROWS[1]])),
     ],
-    ids=["no greatest", "no least", "both", "masked", "name", "second name", "any", "rest", "list"],
+    ids=[
+        "no greatest",
+        "no least",
+        "both",
+        "masked",
+        "name",
+        "second name",
+        "any",
+        "rest",
+        "bare rest",
+        "no rest",
+        "list",
+    ],
 )
 def test_it_is_exported(tmp_path, network, inputs):
     path = tmp_path / "m.safetensors"
@@ -190,6 +215,22 @@ def test_a_graphs_options_need_a_graph(tmp_path):
     with pytest.raises(UserError, match="give example_inputs="):
         bs.save(bs.quantize(Plain(), example_inputs=IMAGES), tmp_path / "m", additions="exact")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("code", [-128, -3, 1, 127])
+@pytest.mark.parametrize("inputs", [60_000, 200_000])
+@pytest.mark.parametrize(("zero", "low", "high"), [(0, 0, 255), (128, 0, 255), (7, 0, 63)])
+def test_codes_are_shifted_as_far_as_their_sums_allow(code, inputs, zero, low, high):
+    given = SimpleNamespace(zero_point=lambda _: zero, code_range=lambda _: (low, high), assignment={"a": 8})
+    codes = np.full((2, inputs), code, np.int8)
+    codes[1] = 0
+    greatest, most = inputs * max(abs(code * (high - zero)), abs(code * (low - zero))), 2**31 - 2**29
+    if greatest >= most:
+        with pytest.raises(UserError, match="32 bits may not hold"):
+            _shifts_within_32_bits(given, "a", codes)
+    else:
+        shift = _shifts_within_32_bits(given, "a", codes)
+        assert greatest << shift < most <= greatest << (shift + 1)
 
 
 @pytest.mark.parametrize("low", [-1.0, 1.0])

@@ -60,6 +60,8 @@ def test_images_are_seen_as_training_sees_them():
     again = next(data.training_batches(batch_size=150, seed=0, device=torch.device("cpu")).epoch(0))[0]
     assert torch.equal(first, again) and not torch.equal(first[:100], data.sample(100))
     assert [len(x) for x in training_views(data, 20, torch.device("cpu"))] == [20]
+    few = load_data("digits", val_fraction=0.9)
+    assert [len(x) for x in training_views(few, few.size("train") + 1, torch.device("cpu"))] == [73, 72]
 
 
 def test_more_images_than_there_are_come_again_augmented_otherwise():

@@ -110,9 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _interrupted(given: Sequence[str]) -> str:
     if given[:1] and given[0] not in stages.COMMANDS:
         return "interrupted"
-    # Said again, --fresh would throw away what this command did.
-    same = "the same command without --fresh" if "--fresh" in given else "the same command"
-    return f"interrupted; {same} goes on from the last checkpoint"
+    # Said again, --fresh throws away what this command did.
+    fresh = "starts over; without --fresh it " if "--fresh" in given else ""
+    return f"interrupted; the same command {fresh}goes on from the last checkpoint"
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from bitswitch.errors import UserError, require
 from bitswitch.nn import QuantizedLayer, SwitchableBatchNorm
@@ -48,9 +48,9 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
     inputs = _batch_of_two(example_inputs)
     batch = torch.export.Dim("batch")
     size = inputs[0].shape[0]
-    shapes = tree_map(lambda x: {0: batch} if _has_batch(x, size) else None, inputs)
-    twin = float_twin(model)
+    shapes = tree_map(lambda x: {0: batch} if _has_batch(x, size) else {} if isinstance(x, Tensor) else None, inputs)
     try:
+        twin = float_twin(model)
         with warnings.catch_warnings():
             for words in _NOT_FOR_THE_USER:
                 warnings.filterwarnings("ignore", words)
@@ -93,7 +93,8 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
 def float_twin(model: nn.Module) -> nn.Module:
     """A copy with float layers and batch normalizations in the places of quantized ones; the weights are zero."""
     # What forward kept of an earlier call has a history, which cannot be copied.
-    past = [x for module in model.modules() for x in vars(module).values() if isinstance(x, Tensor) and not x.is_leaf]
+    own = tree_leaves([list(vars(module).values()) for module in model.modules()])
+    past = [x for x in own if isinstance(x, Tensor) and not x.is_leaf]
     twin = copy.deepcopy(model, {id(x): x.detach() for x in past}).eval()
     for _, layer in _layers(twin):
         weight = torch.zeros(layer.stored_shape, device="cpu")
@@ -141,4 +142,4 @@ def _by_parameter(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return shapes
     named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
-    return (*shapes[:named], shapes[named:])
+    return (*shapes[:named], shapes[named:]) if len(shapes) > named else shapes

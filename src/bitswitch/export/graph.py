@@ -241,7 +241,7 @@ def hold_against(
         if noise <= _GREATEST_NOISE * signal:
             continue
         disturbed = disturbed or _results(model, assignment, _disturbed(inputs))
-        own = np.where(finite, disturbed[number] - wanted, 0)
+        own = np.where(finite & np.isfinite(disturbed[number]), disturbed[number] - wanted, 0)
         if not same or not noise <= _GREATEST_OWN_NOISE * np.square(own).sum():
             widths = "/".join(map(str, sorted(set(assignment.values()), reverse=True)))
             raise UserError(

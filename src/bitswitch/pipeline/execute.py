@@ -105,10 +105,16 @@ def artifact_of(recipe: Recipe, directory: RunDirectory, typed: str) -> Path:
     for stage, path in (("supernet", directory.supernet), ("train", directory.artifact)):
         if stage in stages_of(recipe) and records.get(stage, {}).get("done") and path.is_file():
             for one in _needed([stage]):
-                if one in records and (found := changes(records[one]["config"], _config(recipe, one))):
+                record = records.get(one, {"done": False})
+                found = changes(record["config"], _config(recipe, one)) if record["done"] else ["it is not done"]
+                for before in _STAGES[one].after if record["done"] else ():
+                    product = _STAGES[before].product(directory)
+                    if product.is_file() and record["inputs"].get(before) != files.file_digest(product):
+                        found.append(f"{before} was done again since")
+                if found:
                     raise UserError(
                         f"{directory.path} holds a {one} stage made otherwise ({'; '.join(found)}): say the overrides that "
-                        f"it was made with, or another --out; or give the file, {path}"
+                        f"it was made with, do it again, or use another --out; or give the file, {path}"
                     )
             return path
     raise UserError(

@@ -260,15 +260,15 @@ def _shifts_within_32_bits(artifact: _Artifact, layer: str, codes: np.ndarray) -
         return 7
     zero = artifact.zero_point(layer)
     low, high = (byte - zero for byte in artifact.code_range(layer))
-    rows = codes.reshape(len(codes), -1).astype(np.int64)
-    above, below = np.maximum(rows, 0).sum(1), np.minimum(rows, 0).sum(1)
+    rows = codes.reshape(len(codes), -1)
+    above, below = (bound(rows, 0).sum(1, dtype=np.int64) for bound in (np.maximum, np.minimum))
     greatest = int(max((above * high + below * low).max(), -(above * low + below * high).min()))
     if greatest >= _GREATEST_SUM:
         raise UserError(
             f"layer {layer!r} sums {codes[0].size} products, which 32 bits may not hold at {artifact.assignment[layer]} bits: "
             "keep it float (keep=)"
         )
-    return (_GREATEST_SUM // max(greatest, 1)).bit_length() - 1
+    return ((_GREATEST_SUM - 1) // max(greatest, 1)).bit_length() - 1
 
 
 def _convolution(codes: np.ndarray, scale: np.ndarray, bias: np.ndarray, bias_scale: np.ndarray) -> Arrays:
