@@ -599,3 +599,36 @@ def test_a_missing_onnx_runtime_is_named(made):
         "except ValueError as e: assert 'bitswitch[runtime]' in str(e), e\nelse: raise SystemExit('no error')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Coherent(nn.Module):
+    """Weights of one sign, so that results of `two`, which feeds an addition, are large wherever those of `one` are."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.one, self.two = (nn.Conv2d(n, 16, 3, padding=1) for n in (3, 16, 16))
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
+        self.head = nn.Linear(16, 5)
+        with torch.no_grad():
+            for layer in (self.one, self.two, self.grouped):
+                layer.weight.abs_()
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        y = self.one(x).relu()
+        return self.head((self.two(y) + self.grouped(y) + x).mean((2, 3)))
+
+
+def test_results_of_a_mixture_may_lie_where_those_of_one_width_do_not(tmp_path):
+    images = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model = bs.quantize(Coherent().eval(), bits=(8, 4, 2), example_inputs=images).eval()
+    # At 2 bits everywhere, `two` sees next to nothing.
+    quantizer = model.one.input_quantizer
+    quantizer.set_scale(2, quantizer.scale(2) / 100)
+    bs.save(model, tmp_path / "m.safetensors", example_inputs=images)
+    session = Session(tmp_path / "m.safetensors")
+    for wanted in (8, 4, 2, {"one": 4, "two": 2, "grouped": 2}, {"one": 8, "two": 2, "grouped": 4}):
+        session.switch(wanted)
+        expected = torch_logits(model, images, wanted)
+        assert snr_db(expected, session.run(images.numpy())) > 35, wanted

@@ -81,6 +81,11 @@ class _Artifact:
         """The row of a batch normalization that is in use."""
         return self.header.norm_row(norm, self.assignment)
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have one width."""
+        return len(set(self.assignment.values())) == 1
+
     def kind(self, layer: str) -> str:
         """The kind of a layer's input quantizer."""
         return next(entry.input for entry in self.header.layers if entry.name == layer)
@@ -234,7 +239,9 @@ def _product(artifact: _Artifact, product: Product, thresholds: np.ndarray, fill
             and not exact
             and _are_alike(found["step"], product.common_ranges[artifact.row(layer)][2])
         )
-        flags = {"in_bytes": np.asarray(all_in_bytes or exact), "alike": np.asarray(alike)}
+        # The ranges are of networks of one width: in a mixture results may lie elsewhere.
+        in_bytes = all_in_bytes or (exact and artifact.uniform)
+        flags = {"in_bytes": np.asarray(in_bytes), "alike": np.asarray(alike)}
         return _sums(codes, scale, c) | ((found | common) if alike else (common | found)) | flags
     sums = _sums(codes, scale, c)
     fine = 2 ** (fine_shift - shift)
@@ -290,7 +297,10 @@ def _bytes_of_channels(
     2 bits, every one has a byte of its own, and nothing is lost: what bytes are left lies half below the range, half above.
     The range begins at a multiple, so that the integer bias is exact.
     """
-    least, greatest = (np.array(bound) for bound in product.ranges[artifact.row(product.layer)])
+    # A mixture's results are thought to lie where those of its widths do.
+    rows = [artifact.row(product.layer)] if artifact.uniform else range(len(product.ranges))
+    ranges = np.array([product.ranges[row] for row in rows])
+    least, greatest = ranges[:, 0].min(0), ranges[:, 1].max(0)
     grid = np.maximum(float(artifact.input_scale(product.layer)) * np.abs(scale) * step, LEAST_SCALE)
     unused = np.maximum(255 - np.ceil((greatest - least) / grid), 0)
     steps_below = np.floor((least - c) / grid) - unused // 2
