@@ -32,9 +32,15 @@ class Assignment(Mapping[str, int]):
         """
         if isinstance(wanted, Mapping):
             for name in wanted:
+                if not isinstance(name, str):
+                    raise UserError(f"a {type(name).__name__} is no layer's name: give {{name: bits}}")
                 if name not in layers:
                     raise UserError(f"no quantized layer is named {name!r}{nearest(str(name), layers)}")
             merged = {**layers, **wanted}
+        elif isinstance(wanted, str):
+            raise UserError(f"{wanted!r} is text: give a width as a number, {{layer: bits}}, or a choice's assignment")
+        elif hasattr(wanted, "assignment"):
+            raise UserError(f"a {type(wanted).__name__} holds more than widths: give its .assignment")
         else:
             merged = dict.fromkeys(layers, wanted)
         for name, width in merged.items():

@@ -54,13 +54,17 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Preprocessing":
-        """The inverse of `to_json`.
+        """The inverse of `to_json`; without `resize` and `crop`, neither is done.
 
         Raises:
-            UserError: a value is missing or does not fit.
+            UserError: another value is missing, or one does not fit.
         """
+        if missing := [key for key in ("shape", "mean", "std") if key not in value]:
+            raise UserError(
+                f"preprocessing {dict(value)} lacks {' and '.join(missing)}: images cannot be made ready by it"
+            )
         try:
-            shape, resize, crop = tuple(value["shape"]), value["resize"], value["crop"]
+            shape, resize, crop = tuple(value["shape"]), value.get("resize"), value.get("crop")
             mean, std = (tuple(float(number) for number in value[key]) for key in ("mean", "std"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"preprocessing {value!r} cannot be used: {error}") from error

@@ -16,6 +16,7 @@ from bitswitch.nn.layers import QUANTIZED, QuantizedLayer
 from bitswitch.nn.norm import BATCH_NORMS
 from bitswitch.nn.plan import OTHER_FORWARD, Plan, apply, has_other_forward, replace_attention
 from bitswitch.nn.quantizers import InputKind, Method, ScaleForm, input_range
+from bitswitch.nn.switch import check_network
 from bitswitch.nn.trace import Trace, trace
 from bitswitch.numerics import start_activation_scales
 
@@ -67,6 +68,7 @@ def quantize(
         UserError: bad widths or options, a model that is already quantized, a pattern that matches nothing, weights or
             activations that are not finite, or no layer left to quantize (a ValueError).
     """
+    check_network(model)
     widths = check_widths(bits)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if not isinstance(example_inputs, (Tensor, tuple)):
@@ -136,6 +138,10 @@ def _matching(patterns: Sequence[str], named: Mapping[str, nn.Module]) -> set[st
         patterns = (patterns,)
     found: set[str] = set()
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise UserError(
+                f"keep holds a {type(pattern).__name__}: name layers, or give patterns such as 'blocks.*.fc1'"
+            )
         hits = {name for name in named if name and (name == pattern or fnmatchcase(name, pattern))}
         if not hits:
             raise UserError(f"keep={pattern!r} names no layer{nearest(pattern, named)}")

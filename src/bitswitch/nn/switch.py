@@ -11,8 +11,24 @@ from bitswitch.nn.layers import QuantizedLayer
 from bitswitch.nn.norm import SwitchableBatchNorm
 
 
+def check_network(model: object) -> None:
+    """Refuse what is no network, such as its class, its parameters or its state.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UserError(f"model is {given}: give the network itself, a torch.nn.Module")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile wrapped, where it did: its wrapper gives every layer another name."""
+    """What torch.compile wrapped, where it did: its wrapper gives every layer another name.
+
+    Raises:
+        UserError: it is no network.
+    """
+    check_network(model)
     wrapped = model._modules.get("_orig_mod")
     return model if wrapped is None else wrapped
 

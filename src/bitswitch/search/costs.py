@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitswitch import files
 from bitswitch.errors import UserError
 from bitswitch.nn import evaluating, quantized_layers
-from bitswitch.search.programme import Problem, Table, check_table
+from bitswitch.search.programme import Problem, Table, check_table, no_cost
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def budgets_between(problem: Problem, cost: str, points: int) -> list[dict[str, 
         UserError: there is no such cost.
     """
     if cost not in problem.costs:
-        raise UserError(f"no cost is named {cost!r}; there are {', '.join(problem.costs)}")
+        raise no_cost(cost, problem.costs)
     least, greatest = problem.bounds(cost)
     if points == 1:
         return [{cost: greatest}]

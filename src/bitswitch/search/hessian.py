@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bitswitch.errors import UserError, nearest
 from bitswitch.nn import QuantizedLayer, evaluating
@@ -67,10 +68,13 @@ def hessian_trace(
         raise UserError(f"probes={probes}: a standard error needs at least 2")
     if target is not None and iter(batches) is batches:
         raise UserError("the batches can be visited only once: give a list or a loader, or target=None for one round")
-    if any(type(module) is nn.MultiheadAttention for module in model.modules()):
-        # It runs no layers: those that `quantize` puts in its place are traced.
+    if any(type(module) in (nn.MultiheadAttention, nn.Hardsigmoid) for module in model.modules()):
+        # Attention runs no layers: those that `quantize` puts in its place are traced.
         model = copy.deepcopy(model)
         replace_attention(model)
+        for module in model.modules():
+            if type(module) is nn.Hardsigmoid:
+                module.__class__ = _Hardsigmoid
     traced = _layers(model, layers)
     with evaluating(model), torch.enable_grad(), _differentiable(traced):
         rest = iter(batches)
@@ -94,6 +98,13 @@ def hessian_trace(
             if not jobs:
                 return traces
             visited = batches
+
+
+class _Hardsigmoid(nn.Hardsigmoid):
+    """One whose second derivative torch has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x + 3) / 6
 
 
 def _layers(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Layer]:

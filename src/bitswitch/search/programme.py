@@ -25,6 +25,14 @@ _HAIR = 1e-12
 _LEAST_STEP = 1e-4
 
 
+def no_cost(name: str, known: Mapping[str, Table]) -> UserError:
+    """What is raised where a budget names no cost: what a cost needs that there could be, or which there are."""
+    needed = {"bitops": "example_inputs=", "latency": "latency= (in a recipe search.latency=FILE)"}.get(name)
+    if needed is not None:
+        return UserError(f"the cost {name!r} needs {needed}")
+    return UserError(f"no cost is named {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+
+
 def meets(cost: Mapping[str, float], budgets: Mapping[str, float]) -> bool:
     """Whether every cost is within its budget, but for rounding: 4 bits on average may be summed as 4.000000000000001."""
     return all(cost[name] <= budget + _HAIR * abs(budget) for name, budget in budgets.items())
@@ -91,9 +99,7 @@ class Problem:
         """
         for name in budgets:
             if name not in self.costs:
-                raise UserError(
-                    f"no cost is named {name!r}{nearest(name, self.costs)}; there are {', '.join(self.costs)}"
-                )
+                raise no_cost(name, self.costs)
             if math.isnan(budgets[name]):
                 raise UserError(f"the budget of {name} is not a number")
         # Whatever a choice costs, it is within.

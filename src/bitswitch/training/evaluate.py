@@ -63,7 +63,8 @@ def evaluate(
         One score for each precision, the same on all ranks.
 
     Raises:
-        UserError: there are no images, the data do not fit the network's classes, or its logits are not finite.
+        UserError: the network does not give logits for images alone, or none that are finite; there are no images, or their
+            classes are not the network's.
     """
     world = world or World()
     forward = model if forward is None else forward
@@ -75,7 +76,7 @@ def evaluate(
             found, predicted = [], []
             for i, precision in enumerate(precisions):
                 with switched(model, precision) if precision is not None else nullcontext():
-                    logits = forward(x).float()
+                    logits = _logits(forward, x)
                 _check_classes(logits, y, classes)
                 found.append(_totals(logits, y))
                 if confusion is not None:
@@ -90,6 +91,24 @@ def evaluate(
         own = [(world.rank + i * world.size, part.cpu()) for i, part in enumerate(classes_seen)]
         predictions += torch.cat([part for _, part in sorted(gather(own, world), key=lambda pair: pair[0])], 1).unbind()
     return _scores([row.flatten().tolist() for row in rows], precisions, world)
+
+
+def _logits(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    try:
+        logits = forward(x)
+    except TypeError as error:
+        # Python's own words.
+        if "positional argument" not in str(error):
+            raise
+        raise UserError(
+            f"the network cannot be called with images alone ({error}): score a function that wraps it"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"the network gives a {type(logits).__name__}, and a tensor of logits, [images, classes], is needed: score a "
+            "function that wraps it"
+        )
+    return logits.float()
 
 
 def _check_classes(logits: Tensor, y: Tensor, classes: int | None) -> None:

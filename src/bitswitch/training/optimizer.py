@@ -50,6 +50,10 @@ class MultiPrecisionOptimizer:
     ) -> None:
         if alrs not in get_args(AlrsForm):
             raise UserError(f"alrs={alrs!r}: use one of {', '.join(get_args(AlrsForm))}")
+        numbers = {"lr": lr, "scale_lr": scale_lr, "weight_decay": weight_decay, "clip": clip}
+        for name, number in numbers.items():
+            if isinstance(number, str):
+                raise UserError(f"{name}={number!r} is text: give a number")
         if not (lr > 0 and (scale_lr is None or scale_lr > 0) and weight_decay >= 0 and clip > 0):
             raise UserError("lr, scale_lr and clip are greater than 0, weight_decay is not negative")
         lists = {layer.widths: name for name, layer in quantized_layers(model).items()}
@@ -162,8 +166,11 @@ class MultiPrecisionOptimizer:
         """The inverse of `state_dict`: what Adam remembers, and `factor`; rates and weight decay stay this optimizer's own.
 
         Raises:
-            UserError: it is of other parameters: some were frozen then and are not now, or the other way round.
+            UserError: it is of another kind of optimizer, or of other parameters: some were frozen then and are not now, or
+                the other way round.
         """
+        if missing := [key for key in ("weights", "scales", "factor") if key not in state]:
+            raise UserError(f"the state lacks {missing[0]!r}: it is of another kind of optimizer")
         optimizers = [(self._weights, state["weights"]), (self._scales, state["scales"])]
         # A state of an earlier version has no names.
         same = state.get("names", self._names) == self._names
