@@ -37,7 +37,7 @@ def test_values_that_do_not_fit_are_refused(change):
 
 
 def test_a_missing_value_is_refused():
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match="lacks mean and std"):
         Preprocessing.from_json({"shape": [1, 8, 8]})
 
 
