@@ -28,7 +28,11 @@ OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 # What is held against what: in a schedule, variants whose name begins so, against the first of these that cost as much.
 _HELD_AGAINST = {
     "screen": ((OURS, OURS), (OURS, f"{OURS}-twice-as-long"), ("", "ours")),
-    "decide": ((OURS, f"{OURS}-twice-as-long"), ("", "paper"), ("", "paper-432")),
+    "decide": (
+        (OURS, f"{OURS}-twice-as-long"),
+        ("kd-float-alone-scale", f"{OURS}-hot-432"),
+        *(("", "paper"), ("", "paper-432")),
+    ),
     "long": (("", "paper"),),
 }
 

@@ -16,7 +16,7 @@ _LSQ_TAUGHT = "LSQ jointly, trained as bitswitch's row is"
 _ALONE = "LSQ, a network for each width, float weights kept"
 LABELS = {
     f"{OURS}-twice-as-long": _SELF,
-    "kd-float-alone-scale-lr-2e-3-hot-432": _SELF,
+    f"{OURS}-hot-432": _SELF,
     "paper": _PAPER,
     "paper-432": _PAPER,
     "lsq": _LSQ,
