@@ -1,5 +1,6 @@
 """The network that a file holds, and the data that it is for."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,12 @@ def data_for(path: str | Path, name: str, subject: Subject) -> DataSet:
         raise UserError(f"{path} tells of its data what they cannot have ({error}): {said}") from error
     if subject.preprocessing is not None:
         data = data.with_preprocessing(Preprocessing.from_json(dict(subject.preprocessing)))
+    else:
+        warnings.warn(
+            f"{path} does not say how its images are made ready: those of {name} are by the mean and the standard deviation of "
+            "their own; save it with preprocessing=",
+            stacklevel=2,
+        )
     if subject.classes is not None and subject.classes != data.classes:
         raise UserError(f"{name} has the classes {_few(data.classes)}, {path} was trained on {_few(subject.classes)}")
     return data
