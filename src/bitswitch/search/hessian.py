@@ -68,13 +68,7 @@ def hessian_trace(
         raise UserError(f"probes={probes}: a standard error needs at least 2")
     if target is not None and iter(batches) is batches:
         raise UserError("the batches can be visited only once: give a list or a loader, or target=None for one round")
-    if any(type(module) in (nn.MultiheadAttention, nn.Hardsigmoid) for module in model.modules()):
-        # Attention runs no layers: those that `quantize` puts in its place are traced.
-        model = copy.deepcopy(model)
-        replace_attention(model)
-        for module in model.modules():
-            if type(module) is nn.Hardsigmoid:
-                module.__class__ = _Hardsigmoid
+    model = _traceable(model)
     traced = _layers(model, layers)
     with evaluating(model), torch.enable_grad(), _differentiable(traced):
         rest = iter(batches)
@@ -98,6 +92,17 @@ def hessian_trace(
             if not jobs:
                 return traces
             visited = batches
+
+
+def _traceable(model: nn.Module) -> nn.Module:
+    """The model, or its equal where attention would run no layers, or an activation has no second derivative."""
+    if any(type(module) in (nn.MultiheadAttention, nn.Hardsigmoid) for module in model.modules()):
+        model = copy.deepcopy(model)
+        replace_attention(model)
+        for module in model.modules():
+            if type(module) is nn.Hardsigmoid:
+                module.__class__ = _Hardsigmoid
+    return model
 
 
 class _Hardsigmoid(nn.Hardsigmoid):
