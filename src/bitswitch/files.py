@@ -39,13 +39,13 @@ def write(path: str | Path, content: bytes) -> None:
             raise OSError("it is a device or a pipe, which a file would replace")
         with beside.open("xb") as stream:
             temporary = beside
+            if mode is not None:
+                # Before anything is in it. Some file systems have no modes to change.
+                with contextlib.suppress(OSError):
+                    temporary.chmod(stat.S_IMODE(mode))
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        if mode is not None:
-            # Some file systems have no modes to change.
-            with contextlib.suppress(OSError):
-                temporary.chmod(stat.S_IMODE(mode))
         temporary.replace(path)
     except (OSError, ValueError, RuntimeError) as error:
         # The latter two of names that can be no file's, and of links in a circle.
