@@ -128,6 +128,21 @@ def test_bad_width_and_model(quantized, network):
         bs.MultiPrecisionOptimizer(network)
 
 
+def test_gradients_of_another_width_are_refused_and_nothing_moves(quantized, images):
+    optimizer = bs.MultiPrecisionOptimizer(quantized)
+    before = {name: p.detach().clone() for name, p in quantized.named_parameters()}
+    backward(quantized, images, 8)
+    with pytest.raises(UserError, match=r"step\(4\) found gradients of 8 bits"):
+        optimizer.step(4)
+    backward(quantized, images, 4)
+    backward(quantized, images, 2)
+    with pytest.raises(UserError, match=r"step\(4\) found gradients of 8 and 2 bits.*step\(\).*mixed=True"):
+        optimizer.step(4)
+    assert all(torch.equal(p, before[name]) for name, p in quantized.named_parameters())
+    optimizer.step()
+    assert not any(torch.equal(p, before[n]) for n, p in quantized.named_parameters() if "scale_parameter.8" in n)
+
+
 def test_accumulated_scales_of_a_width_have_its_own_rate(network, images):
     """Weight scales that every width has for itself, too."""
     model = bs.quantize(network, bits=(8, 2), example_inputs=images, method="per_width")

@@ -106,15 +106,30 @@ class MultiPrecisionOptimizer:
 
         Where widths were summed or mixed, each width's own scales move at that width's rate, and the shared weight scales at
         the rate of `width`, or of the highest.
+
+        Raises:
+            UserError: no candidate width, or there are gradients of another one's scales; nothing has moved.
         """
         if width is not None and width not in self.widths:
             raise UserError(f"width {width!r} is not one of {list(self.widths)}")
+        if width is not None and not mixed:
+            self._check_gradients(width)
         if self._weights is not None:
             for group in self._weights.param_groups:
                 group["lr"] = self.lr * self.factor
             self._weights.step()
             self._weights.zero_grad(set_to_none=True)
         self._step_scales(width, mixed=mixed or width is None)
+
+    def _check_gradients(self, width: int) -> None:
+        given = (g["name"] for g in self._scales.param_groups if any(p.grad is not None for p in g["params"]))
+        others = {self._own_width(name, width) for name in given} - {width}
+        if others:
+            told = " and ".join(map(str, sorted(others, reverse=True)))
+            raise UserError(
+                f"step({width}) found gradients of {told} bits: step after the backward of each width, with that width; where "
+                f"several widths' gradients are summed, say step(), and where layers had other widths, step({width}, mixed=True)"
+            )
 
     def _step_scales(self, width: int | None, *, mixed: bool) -> None:
         present = {g["name"]: [p.grad for p in g["params"] if p.grad is not None] for g in self._scales.param_groups}
