@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bitswitch as bs
+from bitswitch import bench, runtime
 from bitswitch.codes import bits_read
 from bitswitch.models import build
 from bitswitch.search import read_latency
@@ -22,6 +23,20 @@ def file(tmp_path):
     preprocessing = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.5], "resize": None, "crop": None}
     bs.save(model.eval(), path, network=network, preprocessing=preprocessing, example_inputs=images)
     return path
+
+
+def test_sessions_have_as_many_threads_as_torch(monkeypatch, file):
+    told = []
+    opened = runtime.Session
+
+    def session(path, **options):
+        told.append(options["threads"])
+        return opened(path, **options)
+
+    monkeypatch.setattr(runtime, "Session", session)
+    bench._in_session(file, 8)
+    bench._session_costs(file, 2, (8, 2), 1)
+    assert told == [torch.get_num_threads()] * 2
 
 
 def test_every_engine_and_width_is_measured(capsys, file, tmp_path, monkeypatch):
@@ -74,6 +89,8 @@ def test_a_file_that_is_cut_off_is_inspected_measured_and_exported_at_the_widths
         assert status == 0 and set(
             json.loads(out).get("files", json.loads(out).get("results"))[0]["assignment"].values()
         ) == {2}, err
+    status, out, err = call(capsys, "export", file, "--out", tmp_path / "none", "--bits", "2,2")
+    assert status == 2 and "--bits 2,2: name each width once" in err
     status, out, err = call(capsys, "export", file, "--out", tmp_path / "none", "--bits", "2,8")
     assert status == 2 and not (tmp_path / "none").exists()
     status, out, err = call(capsys, "export", file, "--out", tmp_path / "onnx", "--bits", 8)
@@ -91,3 +108,15 @@ def test_a_file_without_a_graph_is_measured_in_torch(capsys, tmp_path):
     bs.save(model, tmp_path / "n", network=network)
     status, out, err = call(capsys, "bench", tmp_path / "n")
     assert status == 2 and "of what shape its input is" in err and err.count("\n") == 1
+    bs.save(model, tmp_path / "o", network=network, preprocessing={"shape": [3, 8, 8]})
+    status, out, err = call(capsys, "bench", tmp_path / "o")
+    assert status == 2 and "[3, 8, 8] as the shape of its input, which its network does not" in err, err
+    assert err.count("\n") == 1
+    status, out, err = call(capsys, "bench", tmp_path / "m", "--device", "cuda")
+    assert status == 2 and "bench measures on the CPU" in err
+    # What it is, its content tells.
+    status, out, err = call(capsys, "evaluate", tmp_path / "m", "--data", "digits")
+    assert status == 2 and "lacks mean and std: images cannot be made ready by it" in err, err
+    (tmp_path / "text").write_text("no artifact")
+    status, out, err = call(capsys, "evaluate", tmp_path / "text", "--data", "digits")
+    assert status == 2 and "neither an artifact (.safetensors) nor a readable checkpoint" in err

@@ -180,6 +180,7 @@ def test_two_processes_cannot_work_in_one_directory(capsys, copied):
         (["run", "digits", "model.args={colour: 1}"], ["does not take the arguments"]),
         (["run", "digits", "--device", "cuda"], ["--device cuda", "no such device"]),
         (["run", "digits", "--device", "abacus"], ["--device abacus"]),
+        (["inspect", "resnet20-cifar10", "--device", "cuda:x"], ["--device cuda:x: say auto, cpu, cuda"]),
         (["run", "digits", "--colour"], ["No such option"]),
         (["run"], ["Missing argument"]),
         (["fly"], ["No such command"]),

@@ -44,7 +44,7 @@ class Assignment(Mapping[str, int]):
         else:
             merged = dict.fromkeys(layers, wanted)
         for name, width in merged.items():
-            if isinstance(width, bool) or width not in widths[name]:
+            if isinstance(width, bool) or not _is_in(width, widths[name]):
                 raise UserError(f"layer {name!r} has no width {width!r}; it has {', '.join(map(str, widths[name]))}")
         return cls(tuple((name, int(width)) for name, width in merged.items()))
 
@@ -82,3 +82,11 @@ class Assignment(Mapping[str, int]):
         ):
             raise UserError("an assignment is a JSON object {layer name: bit-width}")
         return cls(tuple(value.items()))
+
+
+def _is_in(width: Any, widths: tuple[int, ...]) -> bool:
+    try:
+        return width in widths
+    except (ValueError, RuntimeError):
+        # Of an array or a tensor of several numbers.
+        return False

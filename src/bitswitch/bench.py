@@ -55,6 +55,14 @@ def bench(path: Path, *, network: str | None = None, rounds: int = 10) -> dict[s
         raise UserError(f"{path} gives {shape!r} as the shape of its input, which is no [C, H, W] to measure with")
     images = np.random.default_rng(0).standard_normal((max(BATCHES), *shape)).astype(np.float32)
     model = load(path, bits=widths[0], model=network)
+    try:
+        _in_torch(model, widths[0])(images[:1])
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{path} gives {list(shape)} as the shape of its input, which its network does not take ({reason}): save it with "
+            "its own"
+        ) from error
     rows = [_sizes(located, tensors, bits) for bits in widths]
     for row in rows:
         row |= _torch_switch(model, row["bits"], widths, rounds)
@@ -145,14 +153,15 @@ def _in_torch(model: nn.Module, bits: int) -> Callable[[np.ndarray], Any]:
 def _in_session(path: Path, bits: int) -> Callable[[np.ndarray], Any]:
     from bitswitch.runtime import Session
 
-    return Session(path, bits=bits).run
+    # As many threads as torch has, which a table of both names.
+    return Session(path, bits=bits, threads=torch.get_num_threads()).run
 
 
 def _session_costs(path: Path, bits: int, widths: Sequence[int], rounds: int) -> dict[str, float]:
     from bitswitch.runtime import Session
 
     other = widths[0] if bits != widths[0] else widths[-1]
-    session = Session(path, bits=other)
+    session = Session(path, bits=other, threads=torch.get_num_threads())
     build = _milliseconds(lambda: session.switch(bits))
     found = []
     for _ in range(10 * rounds):
@@ -175,7 +184,10 @@ def _float_onnx(model: nn.Module, bits: int, images: np.ndarray) -> Callable[[np
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.onnx.export(twin.eval(), (example,), dynamo=True, verbose=False, dynamic_shapes=shapes)
     assert program is not None
-    session = ort.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    content = program.model_proto.SerializeToString()
+    session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: session.run(None, {name: x})
 

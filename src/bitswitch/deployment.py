@@ -66,6 +66,8 @@ def export(
         layers = [layer.name for layer in header.layers]
         named = assignments_named(assignment, layers, header.widths, header.frontier, held[0])
         wanted += [one.precision for one in named if isinstance(one.precision, Mapping)]
+    if len(set(bits or ())) < len(bits or ()):
+        raise UserError(f"--bits {','.join(map(str, bits or ()))}: name each width once")
     for width in bits or ():
         if width not in header.widths:
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, header.widths))}")

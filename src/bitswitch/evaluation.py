@@ -250,12 +250,8 @@ def assignments_named(
     Raises:
         UserError: there is no such file or choice, or it is of another network, or needs bits that were cut off.
     """
-
-    def served(choice: Mapping[str, Any]) -> bool:
-        return max(choice["assignment"].values()) <= rest
-
     if "<=" in text:
-        choice = within_budget(list(filter(served, frontier)) or frontier, text)
+        choice = within_budget(frontier, text, rest)
         return [Wanted(choice["assignment"], list(frontier).index(choice), choice["cost"])]
     file, hash_, number = text.rpartition("#")
     if not hash_ or "/" in number or "." in number:
@@ -276,7 +272,9 @@ def assignments_named(
         raise UserError(f"--assignment {text}: {file} holds no choices: bitswitch search RECIPE makes them")
     if hash_ and (not number.isdecimal() or int(number) >= len(choices)):
         raise UserError(f"--assignment {text}: {file} has choices #0 to #{len(choices) - 1}")
-    held = [i for i in ([int(number)] if hash_ else range(len(choices))) if served(choices[i])]
+    held = [
+        i for i in ([int(number)] if hash_ else range(len(choices))) if max(choices[i]["assignment"].values()) <= rest
+    ]
     if not held:
         raise UserError(
             f"--assignment {text}: the artifact was cut off and holds {rest} bits at most, which is too few"

@@ -67,7 +67,8 @@ def subject_of(path: Path, network: str | None, bits: Sequence[int] | None = Non
 
 
 def _is_artifact(path: Path) -> bool:
-    return path.suffix == ".safetensors" and artifact.is_artifact(path)
+    # Of that suffix, what cannot be read is for the reader of artifacts to tell.
+    return artifact.is_artifact(path, unreadable=path.suffix == ".safetensors")
 
 
 def _of_artifact(path: Path, network: str | None, bits: Sequence[int] | None = None) -> Subject:

@@ -7,6 +7,7 @@ from torch import nn
 import bitswitch as bs
 from bitswitch.artifact import check_choice, read_header, within_budget
 from bitswitch.errors import UserError
+from bitswitch.runtime import Session
 
 
 def choice(a, b, damage, top1=None):
@@ -97,6 +98,26 @@ def test_load_takes_a_budget(tmp_path, model):
     assert bs.widths(bs.load(path, model=net, assignment="bits<=4")) == {"1": 2, "2": 2}
     with pytest.raises(UserError, match=r"mixed.safetensors: no choice of the frontier has bits <= 1: the least is 2"):
         bs.load(path, model=net, assignment="avg<=1")
+
+
+def test_of_a_file_that_is_cut_off_a_budget_takes_what_it_serves(tmp_path, model):
+    net, quantized = model
+    best = {"assignment": {"1": 8, "2": 2}, "cost": {"bits": 5.0}, "damage": 1.0, "top1": None}
+    worse = {"assignment": {"1": 2, "2": 2}, "cost": {"bits": 2.0}, "damage": 3.0, "top1": None}
+    path = tmp_path / "mixed.safetensors"
+    for frontier, expected in (([best, worse], worse), ([best], None)):
+        bs.save(quantized, path, frontier=frontier, example_inputs=torch.randn(8, 4))
+        path.write_bytes(path.read_bytes()[:-1])
+        if expected:
+            assert bs.widths(bs.load(path, model=net, assignment="avg<=6")) == expected["assignment"]
+            assert Session(path, assignment="avg<=6").assignment == expected["assignment"]
+        else:
+            for refused in (
+                lambda: bs.load(path, model=net, assignment="avg<=6"),
+                lambda: Session(path).switch("avg<=6"),
+            ):
+                with pytest.raises(UserError, match="cut off"):
+                    refused()
 
 
 def test_a_frontier_of_another_network_is_not_saved(tmp_path, model):

@@ -181,3 +181,13 @@ def test_a_range_is_not_taken_from_a_few_results(tmp_path, conv, groups, kind):
     bs.save(model, path, example_inputs=images)
     kinds = {product.layer: product.kind for product in read(path).bindings.products}
     assert kinds["excite"] == ("bytes or sums" if kind == "sums" else "branch")
+
+
+def test_an_empty_batch_holds_nothing_against_anything(tmp_path):
+    x = torch.randn(4, 3)
+    model = bs.quantize(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)), example_inputs=x)
+    with pytest.raises(UserError, match="example_inputs: the batch is empty"):
+        bs.save(model, tmp_path / "m", example_inputs=x[:0])
+    with pytest.raises(UserError, match="classes='ab' is text"):
+        bs.save(model, tmp_path / "m", classes="ab")
+    assert not (tmp_path / "m").exists()

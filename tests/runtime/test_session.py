@@ -315,6 +315,11 @@ def test_what_is_no_width_and_no_input_is_told_in_a_line(made):
     session = Session(files["exact"])
     with pytest.raises(UserError, match=r"no width \[4, 2\]; it has 8"):
         session.switch([4, 2])
+    with pytest.raises(UserError, match=r"no width array\(\[4, 2\]\); it has 8"):
+        session.switch(np.array([4, 2]))
+    for name, number in (("threads", -1), ("threads", "2"), ("threads", 10**6), ("memory", None), ("memory", -1)):
+        with pytest.raises(UserError, match=f"{name}={number!r}: give a whole number"):
+            Session(files["exact"], **{name: number})
     for dtype in ("complex64", "datetime64[s]"):
         with pytest.raises(UserError, match="cannot run the network on these inputs"):
             session.run(images.numpy().astype(dtype))
@@ -397,6 +402,23 @@ def test_the_memory_budget_drops_the_oldest(made):
     tiny.switch(2)
     assert [kept.uniform for kept in tiny.ready] == [2]
     assert np.isfinite(tiny.run(made[1].numpy())).all()
+
+
+def test_so_many_executables_are_kept_and_no_more(made, monkeypatch):
+    monkeypatch.setattr("bitswitch.runtime.session._MOST_KEPT", 3)
+    session = Session(made[2]["requantized"], bits=8)
+    for width in (6, 4, 2):
+        session.switch(width)
+    assert [kept.uniform for kept in session.ready] == [6, 4, 2]
+
+
+def test_without_a_temporary_folder_the_graph_is_not_blamed(made, monkeypatch):
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(executable, "TemporaryDirectory", none)
+    with pytest.raises(UserError, match="cannot be run here: No usable temporary directory found"):
+        graph_report(made[2]["exact"])
 
 
 def test_threads_run_while_another_switches(made):

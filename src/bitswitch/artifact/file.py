@@ -108,14 +108,13 @@ def served_widths(path: str | Path) -> tuple[int, ...]:
         return locate(source, path).widths_within(source.size)
 
 
-def is_artifact(path: str | Path) -> bool:
-    """Whether a safetensors file says that it is an artifact, of whatever version."""
+def is_artifact(path: str | Path, *, unreadable: bool) -> bool:
+    """Whether a file says that it is an artifact, of whatever version; `unreadable` where it is no safetensors file at all."""
     try:
         with safe_open(path, framework="numpy") as stream:
             return KEY in (stream.metadata() or {})
     except (OSError, SafetensorError):
-        # What cannot be read at all is for `read` to tell.
-        return True
+        return unreadable
 
 
 def read(path: str | Path) -> tuple[Header, dict[str, np.ndarray]]:

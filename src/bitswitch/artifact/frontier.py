@@ -41,12 +41,13 @@ def check_choice(choice: Any, layers: Collection[str], widths: Collection[int]) 
     return choice
 
 
-def within_budget(frontier: Sequence[Mapping[str, Any]], budget: str) -> Mapping[str, Any]:
+def within_budget(frontier: Sequence[Mapping[str, Any]], budget: str, highest: int | None = None) -> Mapping[str, Any]:
     """The best choice that a budget allows: of most top1 where all were measured, else of least damage.
 
     Args:
         frontier: choices.
         budget: "COST<=NUMBER", the cost one of those that the choices list; "avg" stands for "bits", the average width.
+        highest: the width up to which a file that is cut off serves. Choices with higher ones are left out, unless all have.
 
     Raises:
         UserError: there is no frontier, the budget is not of that form, or nothing meets it.
@@ -55,6 +56,8 @@ def within_budget(frontier: Sequence[Mapping[str, Any]], budget: str) -> Mapping
         raise UserError(f"{budget!r} is text: one width for all layers is a whole number, {int(budget)}")
     if not frontier:
         raise UserError(f"assignment={budget!r} needs a frontier, and there is none: bitswitch search RECIPE makes one")
+    if highest is not None:
+        frontier = [one for one in frontier if max(one["assignment"].values()) <= highest] or frontier
     costs = [name for name in frontier[0]["cost"] if all(name in choice["cost"] for choice in frontier)]
     parsed = _BUDGET.fullmatch(budget)
     try:

@@ -188,6 +188,8 @@ def bench(
     """Size, memory, switching, latency and throughput of an artifact at every width, on this machine's CPU."""
     from bitswitch.bench import bench as measure
 
+    if device.startswith("cuda"):
+        raise UserError(f"--device {device}: bench measures on the CPU, where sessions run; leave it out")
     with stdout_kept_clean():
         document = measure(file, network=model, rounds=rounds)
     emit(document, json_, lambda: show_bench(document), out and out / "bench.json")

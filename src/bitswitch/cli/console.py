@@ -39,9 +39,9 @@ class _Output(Console):
         raise
 
 
-# Without markup: paths and names of layers may hold brackets.
-errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-output = _Output(soft_wrap=True, highlight=False, markup=False)
+# Without markup and emoji: paths and names of layers may hold brackets, and words between colons.
+errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+output = _Output(soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 class TerminalReporter:

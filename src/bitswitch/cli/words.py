@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -24,6 +25,13 @@ def _local(text: str) -> Path:
     return located(text)
 
 
+def _device(text: str) -> str:
+    # Whether there is such a one here, the commands that compute ask torch.
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise UserError(f"--device {text}: say auto, cpu, cuda or, of several, cuda:1")
+    return text
+
+
 RecipeName = Annotated[str, typer.Argument(help="A built-in recipe, or the path of a .yaml file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value ..., the values as YAML.")]
 File = Annotated[
@@ -42,7 +50,9 @@ DataName = Annotated[
 ]
 Network = Annotated[str | None, typer.Option("--model", help="The network where the file does not name it.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1; auto takes CUDA where there is one.")]
+Device = Annotated[
+    str, typer.Option("--device", callback=_device, help="cpu, cuda, cuda:1; auto takes CUDA where there is one.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="In place of the recipe's.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/<recipe> where it is not given.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do these stages again whatever is there.")]

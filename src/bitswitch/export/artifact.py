@@ -148,6 +148,8 @@ def contents(
         raise UserError(
             f"a {plan.method} model keeps float weights and cannot be saved as an artifact: it is for comparison"
         )
+    if isinstance(classes, str):
+        raise UserError(f"classes={classes!r} is text: give a tuple of names")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     for name in plan.layers:
         if name not in layers:
@@ -207,10 +209,13 @@ def load(
     """
     if bits is not None and assignment is not None:
         raise UserError("give bits= or assignment=, not both")
+    if not (cache_bytes is None or isinstance(cache_bytes, int)):
+        raise UserError(f"cache_bytes={cache_bytes!r}: give a whole number of bytes")
     wanted = bits if assignment is None else assignment
+    served = artifact.served_widths(path) if isinstance(wanted, str) else ()
 
     def planes(header: artifact.Header) -> int:
-        return max(bits_read(header.widths[0], width) for width in _widths(path, header, wanted).values())
+        return max(bits_read(header.widths[0], width) for width in _widths(path, header, wanted, served).values())
 
     located, tensors = artifact.read_part(path, planes)
     header = located.header
@@ -240,7 +245,7 @@ def load(
         raise UserError(f"{path} does not fit this {type(loaded).__name__}: {reason[:300]}") from error
     loaded.requires_grad_(False).eval()
     loaded.bitswitch_located = _wherever(located)  # type: ignore[assignment]
-    switch(loaded, _widths(path, header, wanted))
+    switch(loaded, _widths(path, header, wanted, served))
     if cache_bytes is not None:
         layers = quantized_layers(loaded).values()
         copy_bytes = sum(layer.stored_shape.numel() * layer.weight_quantizer.scale().element_size() for layer in layers)
@@ -295,15 +300,20 @@ def _wherever(located: artifact.Located) -> artifact.Located:
     return dataclasses.replace(located, path=str(artifact.located(located.path).absolute()))
 
 
-def _widths(path: str | Path, header: artifact.Header, wanted: int | Mapping[str, int] | str | None) -> Assignment:
-    """The width of every layer that `load` was asked for."""
+def _widths(
+    path: str | Path,
+    header: artifact.Header,
+    wanted: int | Mapping[str, int] | str | None,
+    served: tuple[int, ...] = (),
+) -> Assignment:
+    """The width of every layer that `load` was asked for; for a budget, of a file that serves these widths."""
     high = header.widths[0]
     names = [layer.name for layer in header.layers]
     try:
         if wanted is None:
             chosen: int | Mapping[str, int] = high
         elif isinstance(wanted, str):
-            chosen = artifact.within_budget(header.frontier, wanted)["assignment"]
+            chosen = artifact.within_budget(header.frontier, wanted, max(served, default=None))["assignment"]
         else:
             chosen = wanted
         return Assignment.of(chosen, layers=dict.fromkeys(names, high), widths=dict.fromkeys(names, header.widths))

@@ -126,6 +126,8 @@ def _batch_of_two(example_inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The inputs with a batch of at least two: torch takes a size of one for a constant."""
     if not example_inputs or not isinstance(example_inputs[0], Tensor) or not example_inputs[0].dim():
         raise UserError("example_inputs: the first must be a tensor whose first dimension is the batch")
+    if not len(example_inputs[0]):
+        raise UserError("example_inputs: the batch is empty: there is nothing to hold a graph against; give real data")
     found: tuple[Any, ...] = tree_map_only(Tensor, Tensor.cpu, example_inputs)
     if found[0].shape[0] == 1:
         found = tree_map(lambda x: torch.cat([x, x]) if _has_batch(x, 1) else x, found)

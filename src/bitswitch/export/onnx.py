@@ -51,7 +51,8 @@ def export_onnx(
     passes ONNX's checker and opens in ONNX Runtime, before it is put in place.
 
     On x86 without VNNI, ONNX Runtime's kernels let 8-bit products saturate in pairs: set the session option
-    `session.x64quantprecision` to "1" there. Weights of 7 bits or fewer are not concerned.
+    `session.x64quantprecision` to "1" there. Weights of 7 bits or fewer are not concerned. QuantizeLinear makes
+    a number of NaN: results can be finite where the model's are NaN.
 
     Args:
         model: a quantized model.

@@ -13,6 +13,11 @@ from bitswitch.errors import UserError
 from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
 
+# ONNX Runtime has a pool of threads and an arena for each executable, of whose size it says nothing.
+_MOST_KEPT = 32
+# It starts as many as it is told.
+_MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class _Ready:
@@ -35,11 +40,13 @@ class Session:
         bits: the width to stand at; the highest where neither this nor `assignment` is given.
         assignment: widths by layer name; the other layers have the highest. Or a budget such as "avg<=4", for the best choice
             that a search wrote into the file.
-        memory: bytes that the executables kept may take together; the one in use is always kept.
+        memory: bytes that the executables kept may take together, as the property `memory` counts them; the one in use is
+            always kept. No more than 32 are kept at a time, since each has threads and buffers of its own.
         threads: how many threads one operation may use; 0: as many as there are cores.
 
     Raises:
-        UserError: the file cannot be used or holds no graph, or it has no such width, layer or choice.
+        UserError: the file cannot be used or holds no graph, it has no such width, layer or choice, or an argument is no number
+            of its kind.
     """
 
     def __init__(
@@ -53,6 +60,10 @@ class Session:
     ) -> None:
         if bits is not None and assignment is not None:
             raise UserError("give bits= or assignment=, not both")
+        if not _is_whole(threads) or not 0 <= threads <= _MOST_THREADS:
+            raise UserError(f"threads={threads!r}: give a whole number up to {_MOST_THREADS}; 0 takes all cores")
+        if not _is_whole(memory) or memory < 0:
+            raise UserError(f"memory={memory!r}: give a whole number of bytes")
         self._source = read(path)
         self._threads = threads
         self._budget = memory
@@ -66,6 +77,8 @@ class Session:
 
     def run(self, *inputs: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
         """The network's output; a tuple of arrays where it has several.
+
+        NaN is not looked for: a quantizer of bytes makes a number of it, so that results can be finite where torch's are NaN.
 
         Args:
             inputs: what the network takes: for an image network one float32 array [N, C, H, W], normalised; N is free.
@@ -137,6 +150,10 @@ class Session:
             ready = _Ready(assignment, self._source.executable(assignment.to_json(), threads=self._threads))
             self._kept[assignment] = ready
         self._kept.move_to_end(assignment)
-        while len(self._kept) > 1 and self._kept_bytes() > self._budget:
+        while len(self._kept) > 1 and (len(self._kept) > _MOST_KEPT or self._kept_bytes() > self._budget):
             self._kept.popitem(last=False)
         return ready
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)

@@ -55,7 +55,7 @@ class Source:
             UserError: there is no such width, layer or choice, or the file is cut off before it.
         """
         if isinstance(wanted, str):
-            wanted = dict(within_budget(self.header.frontier, wanted)["assignment"])
+            wanted = dict(within_budget(self.header.frontier, wanted, self.widths[0])["assignment"])
         candidates = {layer.name: self.header.widths for layer in self.header.layers}
         over = over or dict.fromkeys(candidates, self.widths[0])
         found = Assignment.of(wanted, layers=over, widths=candidates)
@@ -100,6 +100,8 @@ class Source:
             yield
         except (UserError, MemoryError, ImportError):
             raise
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be run here: {error.strerror or error}") from error
         except Exception as error:
             # ONNX Runtime has a class of its own for every kind of refusal.
             reason = " ".join(str(error).split())[:300]
