@@ -2,7 +2,7 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import ModuleType
 
 
@@ -14,6 +14,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A phrase that names the known word nearest to `name`, or the empty string where none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def check_word(name: str, word: object, known: Collection[str]) -> None:
+    """Refuse a word that is none of those that an option can have.
+
+    Raises:
+        UserError: it names the option, and the nearest of the words.
+    """
+    if word not in known:
+        raise UserError(f"{name}={word!r}{nearest(str(word), known)}; there are {', '.join(known)}")
 
 
 def require(module: str, extra: str) -> ModuleType:

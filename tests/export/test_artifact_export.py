@@ -354,6 +354,19 @@ def test_a_weight_made_in_inference_mode_serves_a_backward(loaded, images):
     assert x.grad.abs().sum() > 0
 
 
+def test_a_model_loaded_in_inference_mode_follows_another_state(tmp_path, quantized, network, images):
+    bs.save(quantized, tmp_path / "a")
+    with torch.no_grad():
+        for layer in quantized_layers(quantized).values():
+            layer.weight_quantizer.scale_parameter.mul_(1.5)
+    bs.save(quantized, tmp_path / "b")
+    with torch.inference_mode():
+        loaded, other = (bs.load(tmp_path / name, model=network) for name in "ab")
+        loaded(images)
+        loaded.load_state_dict(other.state_dict())
+        assert torch.equal(loaded(images), other(images))
+
+
 def test_a_backward_after_a_switch_uses_the_widths_of_its_forward(loaded, images):
     gradients = []
     for switch_first in (True, False):

@@ -9,7 +9,7 @@ from torch import nn
 import bitswitch as bs
 from bitswitch.errors import UserError
 from bitswitch.models import build
-from bitswitch.nn import Plan, TransitionalBatchNorm, apply, make_transitional, plan_of
+from bitswitch.nn import Plan, SwitchableBatchNorm, TransitionalBatchNorm, apply, make_transitional, plan_of
 
 
 class Branches(nn.Module):
@@ -156,3 +156,15 @@ def test_transitional_norms_survive_a_second_call():
     model = transitional()
     nn.init.constant_(model.norm3.variants["2>4"].weight, 7.0)
     assert float(make_transitional(model).norm3.variants["2>4"].weight[0].detach()) == 7.0
+
+
+def test_hooks_and_attributes_stay_on_a_normalization_that_becomes_transitional():
+    model = bs.quantize(Branches(), bits=(4, 2), example_inputs=torch.randn(8, 3, 8, 8))
+    norm = next(module for module in model.modules() if isinstance(module, SwitchableBatchNorm))
+    calls = []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    norm.note = "theirs"
+    make_transitional(model)
+    model(torch.randn(8, 3, 8, 8))
+    assert type(norm) is TransitionalBatchNorm and calls and norm.note == "theirs"
+    assert norm.key in norm.variants and len(norm.variants) == len(list(norm._keys()))

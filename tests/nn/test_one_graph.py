@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 import bitswitch as bs
-from bitswitch.nn import make_transitional, quantized_layers
+from bitswitch.nn import evaluating, make_transitional, quantized_layers
 from bitswitch.nn.one_graph import OneGraph
 
 WIDTHS = (8, 6, 4, 2)
@@ -100,6 +100,18 @@ def test_it_follows_the_model_wherever_that_goes():
     assert torch.equal(forward(x), model(x))
     model.float()
     assert torch.equal(forward(x.float()), model(x.float()))
+
+
+def test_what_is_held_in_eval_mode_stays_there():
+    model, x = quantized()
+    model.train()
+    forward = OneGraph(model, compiled=False)
+    model.norm1.eval()
+    for _ in range(2):
+        check_same(model, forward, x, 4, rtol=1e-12, atol=1e-12)
+        with evaluating(model):
+            forward(x)
+    assert model.training and not model.norm1.training
 
 
 def test_the_twin_has_no_memory_of_its_own():

@@ -738,3 +738,10 @@ def test_a_state_of_other_meaning_is_not_loaded():
 def test_inputs_and_layers_that_have_no_scale(make, inputs, words):
     with pytest.raises(UserError, match=words):
         bs.quantize(make(), example_inputs=inputs)
+
+
+def test_a_compiled_network_is_quantized_by_its_own_names(tmp_path, network, images):
+    model = bs.quantize(torch.compile(network, backend="eager"), example_inputs=images)
+    assert bs.widths(model) == bs.widths(bs.quantize(network, example_inputs=images))
+    bs.save(model, tmp_path / "m")
+    assert bs.widths(bs.load(tmp_path / "m", model=network))

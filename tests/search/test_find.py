@@ -131,6 +131,35 @@ def test_operations_of_no_image(model):
         bs.search(model, TRACES, budgets=[{"bitops": 1e9}], example_inputs=X[:0])
 
 
+@pytest.mark.parametrize(("traces", "words"), [([1, 2], "traces is a list"), ({"main": (1, 2)}, "'main' is")])
+def test_traces_that_are_none(model, traces, words):
+    with pytest.raises(UserError, match=words):
+        bs.search(model, traces)
+
+
+def test_layers_of_one_weight_and_layers_called_by_keyword(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+            self.c.weight = self.b.weight
+
+        def forward(self, x):
+            x = self.a(x).relu()
+            return self.d(self.b(input=x) + self.c(input=x))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    model = bs.quantize(Tied(), bits=WIDTHS, example_inputs=x)
+    assert shared_inputs(model, (x,)) == [["b", "c"]]
+    bs.save(model, tmp_path / "m")
+    tables = [cost_tables(one, (x,)) for one in (model, bs.load(tmp_path / "m", model=Tied()))]
+    # Two layers of 64 codes, and beside them 2 layers of 72 float numbers, 2 biases of 8, and scales.
+    numbers = 2 * 72 + 2 * 8 + 2 * (1 + len(WIDTHS))
+    for table in tables:
+        assert sum(table["bytes"][name][2] for name in "bc") == 2 * 64 * 2 // 8 + 4 * numbers
+
+
 def test_search_is_the_programme_over_these_tables(model):
     damage, tables = damage_table(model, TRACES), cost_tables(model, (X,))
 
@@ -184,6 +213,8 @@ def test_tied_layers_have_one_width(model):
         ({"budgets": [{"byte": 4}]}, "did you mean 'bytes'"),
         ({"damage": "hesian"}, "did you mean 'hessian'"),
         ({"tied": [["main", "sid"]]}, "did you mean 'side'"),
+        ({"tied": ["main", "side"]}, r"tied=\['main', 'side'\]: give groups"),
+        ({"example_inputs": [X]}, "example_inputs is a list"),
         ({"latency": {"main": {8: 1.0}}}, "'latency' lacks 4 bits of layer 'main'"),
         ({"latency": {"main": dict.fromkeys(WIDTHS, 1.0), "side": dict.fromkeys(WIDTHS, 1.0)}}, "lacks layer 'after'"),
         ({"latency": {n: dict.fromkeys(WIDTHS, -1.0) for n in WEIGHTS}}, "below 0"),
@@ -288,3 +319,4 @@ def test_budgets_of_any_kind_of_number():
         search.as_budgets(torch.tensor([3.0, 4.0])) == search.as_budgets(np.array([3, 4])) == [{"bits": 3}, {"bits": 4}]
     )
     assert search.as_budgets([{"avg": 4, "bytes": np.float32(9)}]) == [{"bits": 4, "bytes": 9}]
+    assert search.as_budgets([{"avg": 3, "bits": 7}, {"bits": 3, "avg": 7}]) == [{"bits": 3}] * 2

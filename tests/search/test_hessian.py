@@ -1,6 +1,7 @@
 import copy
 import functools
 import json
+import math
 import subprocess
 import sys
 import weakref
@@ -509,6 +510,13 @@ def test_bad_input():
         hessian_trace(model, loss_fn, [])
     with pytest.raises(UserError, match="at least 2"):
         hessian_trace(model, loss_fn, batches, probes=1)
+    for target in (0, -1, math.nan, math.inf):
+        with pytest.raises(UserError, match="target="):
+            hessian_trace(model, loss_fn, batches, target=target)
+    with pytest.raises(UserError, match="rank=3 is none of ranks=1"):
+        hessian_trace(model, loss_fn, batches, rank=3)
+    with pytest.raises(UserError, match=r"layers=\[\]"):
+        hessian_trace(model, loss_fn, batches, layers=[])
     quantized = bs.quantize(Conv(), keep=("unused",), example_inputs=torch.randn(4, 2, 5, 5))
     with pytest.raises(UserError, match=r"the model is quantized.*give the float network"):
         hessian_trace(quantized, loss_fn, batches)
@@ -549,3 +557,14 @@ def test_a_layer_that_does_not_run_on_a_batch_adds_nothing():
     alone = hessian_trace(model, cross_entropy, [batches[0]], target=None, probes=40)
     assert routed["fc"].mean == pytest.approx(alone["fc"].mean / 2)
     assert routed["head"].mean != pytest.approx(alone["head"].mean / 2)
+
+
+def test_a_target_that_is_never_reached_ends_with_the_probes():
+    model, loss_fn, batches, _ = case("softplus")
+    assert hessian_trace(model, loss_fn, batches, target=1e-200, probes=30)
+
+
+def test_a_compiled_network_is_traced_by_its_own_names():
+    model, loss_fn, batches, _ = case("relu")
+    compiled = hessian_trace(torch.compile(model, backend="eager"), loss_fn, batches, target=None, probes=4)
+    assert compiled == hessian_trace(model, loss_fn, batches, target=None, probes=4)

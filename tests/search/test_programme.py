@@ -186,3 +186,30 @@ def test_budgets_between_can_all_be_met_and_reach_both_ends(seed):
         for budget in (least, middle, most):
             assert problem.solve(budget).cost[cost] <= budget[cost] * (1 + 1e-9)
         assert problem.solve(least).cost[cost] == pytest.approx(least[cost])
+
+
+@pytest.mark.parametrize("penalty", [1e6, 1e9, 1e12, 1e15])
+def test_a_great_damage_hides_no_small_ones(penalty):
+    """As somebody forbids widths of a layer by."""
+    for seed in range(12):
+        draw = random.Random(seed)
+        damage = {f"layer{i}": {w: draw.random() * 4.0**-w for w in (8, 6, 4, 2)} for i in range(5)}
+        damage["layer0"] |= dict.fromkeys((6, 4, 2), penalty)
+        problem = Problem(damage=damage, costs={"bits": {name: {w: w / 5 for w in (8, 6, 4, 2)} for name in damage}})
+        budgets = {"bits": draw.uniform(4, 6)}
+        assert problem.solve(budgets).damage == pytest.approx(brute_force(problem, budgets), rel=1e-9)
+
+
+def test_bounds_are_of_the_widths_that_damage_has():
+    costs = {"bits": {name: {w: w / 2 for w in (8, 4, 2)} for name in "ab"}}
+    problem = Problem(damage={name: {8: 0.0, 4: 1.0} for name in "ab"}, costs=costs)
+    assert problem.bounds("bits") == (4, 8)
+    with pytest.raises(UserError, match=r"bits <= 3 \(it can be from 4 to 8\)"):
+        problem.solve({"bits": 3})
+    assert frontier(problem, budgets_between(problem, "bits", 3))[-1].cost["bits"] == 4
+
+
+def test_costs_that_are_nearly_multiples_of_one_number():
+    costs = {8: 0.549999999995287, 6: 0.14999999999801997, 4: 0.3500000000018695, 2: 1.2500000000012528}
+    problem = Problem(damage={"a": {w: 1 / w for w in costs}}, costs={"latency": {"a": costs}})
+    assert problem.solve({"latency": costs[6]}).assignment["a"] == 6

@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 import bitswitch as bs
 from bitswitch.errors import UserError
 from bitswitch.training import FloatObjective, JointObjective, Loop, evaluate, load_checkpoint, save_checkpoint
+from bitswitch.training.recalibrate import recalibrate
 
 
 class Stream:
@@ -152,3 +154,26 @@ def test_evaluate_refuses_labels_beyond_the_network(quantized, images):
         evaluate(quantized, [(images, torch.full((16,), 9))], [8])
     with pytest.raises(UserError, match="no images"):
         evaluate(quantized, [], [8])
+
+
+@pytest.mark.parametrize(("said", "given"), [(0, 0), (2, 3), (4, 3)])
+def test_other_batches_than_announced_are_told(tmp_path, quantized, images, said, given):
+    class Liar(Stream):
+        def __len__(self):
+            return said
+
+        def epoch(self, epoch):
+            return itertools.islice(super().epoch(epoch), given)
+
+    found = "more" if given > said else str(given)
+    with pytest.raises(UserError, match=f"epoch 0 has {found} batches, and {said} were announced"):
+        loop(quantized, tmp_path / "a", Liar(images), 1).run()
+    assert not (tmp_path / "a").exists()
+
+
+def test_precisions_that_are_no_list(quantized, images):
+    for wrong in (8, [], "8", {"conv2": 8}):
+        with pytest.raises(UserError, match="give a list of widths"):
+            evaluate(quantized, [(images, torch.zeros(len(images)).long())], wrong)
+    with pytest.raises(UserError, match="give batches of images alone"):
+        recalibrate(quantized, [(images, torch.zeros(len(images)))], 8)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitswitch as bs
+from bitswitch.errors import UserError
 from bitswitch.training import (
     AssignmentSampler,
     Distillation,
@@ -15,6 +16,7 @@ from bitswitch.training import (
     JointObjective,
     MultiPrecisionOptimizer,
     ScaleGradients,
+    WidthSampler,
 )
 
 LABELS = torch.arange(16) % 5
@@ -182,3 +184,26 @@ def test_a_supernet_step_reads_no_tensor_on_the_host(quantized, images):
     objective = joint(quantized, sampler=sampler)
     with NothingReadOnTheHost():
         objective.step(images, LABELS, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda q: JointObjective(q, bs.MultiPrecisionOptimizer(q), "accumlate"), "did you mean 'accumulate'"),
+        (lambda q: Distillation(teacher="hightest"), "did you mean 'highest'"),
+        (lambda q: Distillation(temperature=0), "a temperature is above 0"),
+        (lambda q: Engine(precision="bf16"), "precision='bf16'"),
+        (lambda q: Engine(micro_batches=0), "micro_batches=0"),
+        (lambda q: WidthSampler(widths=(8, 4), forwards=3, seed=0), "from 1 to all 2 widths"),
+        (
+            lambda q: AssignmentSampler(
+                layers=("a",), widths=(8,), sensitive=frozenset(), sampling="HASB", sigma=1, sandwich=False, seed=0,
+                steps=1, epochs=1,
+            ),
+            "did you mean 'hasb'|there are hasb",
+        ),
+    ],
+)  # fmt: skip
+def test_words_that_are_none_are_told(quantized, make, words):
+    with pytest.raises(UserError, match=words):
+        make(quantized)

@@ -145,6 +145,12 @@ def test_sensitive_layers(above, cap, names):
 def test_equal_traces_are_all_at_the_mean_and_a_cap_bounds_them():
     traces = dict.fromkeys(LAYERS, 2.0)
     assert len(sensitive_layers(traces)) == 4 and len(sensitive_layers(traces, cap=0.5)) == 2
+    # The mean of three numbers of 0.1 is above 0.1.
+    assert len(sensitive_layers(dict.fromkeys("abc", 0.1))) == 3
+    assert len(sensitive_layers({str(i): 1.0 for i in range(100)}, cap=0.29)) == 29
+    for wrong in ({"cap": -0.5}, {"cap": 1.5}, {"above": 2.0}, {"above": "median"}):
+        with pytest.raises(UserError, match="give a number from 0 to 1"):
+            sensitive_layers(traces, **wrong)
 
 
 @pytest.mark.parametrize("traces", [{}, {"a": float("nan"), "b": 1.0}])

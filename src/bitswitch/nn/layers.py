@@ -109,6 +109,8 @@ class QuantizedLayer(nn.Module):
             note(destination, prefix, {"planes": self.planes, "squared_errors": dict(self._errors)})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        # In inference mode nothing else tells that codes or scales were written to.
+        self.kept.clear()
         codes = state_dict.get(f"{prefix}codes")
         if self.codes is None or codes is None or codes is self.codes or codes.shape != self.codes.shape:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)

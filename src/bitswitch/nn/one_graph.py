@@ -40,9 +40,12 @@ class OneGraph:
         self._layers = {name: module for name, module in named.items() if isinstance(module, QuantizedLayer)}
         self._norms = {name: module for name, module in named.items() if isinstance(module, SwitchableBatchNorm)}
         self._same: list[_Place] = []
+        self._modes: list[tuple[nn.Module, nn.Module]] = []
         for name, module in self.twin.named_modules():
             if not isinstance(module, _Slot) and name not in self._norms:
                 self._same += _places(f"{name}." if name else "", named[name])
+                self._modes.append((module, named[name]))
+        self._twin_norms = [(self.twin.get_submodule(name), norm) for name, norm in self._norms.items()]
         self._chosen: dict[_At, list[_Place]] = {}
         self._call: Callable[..., Any] = self._of_tensors
         if compiled:
@@ -50,8 +53,10 @@ class OneGraph:
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's forward at the widths that its layers have now."""
-        if self.twin.training != self.model.training:
-            self.twin.train(self.model.training)
+        # Module by module: some may be held in eval mode.
+        for mine, theirs in (*self._modes, *((mine, norm.variants[norm.key]) for mine, norm in self._twin_norms)):
+            if mine.training != theirs.training:
+                mine.training = theirs.training
         return self._call(self.tensors(), inputs)
 
     def _of_tensors(self, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:

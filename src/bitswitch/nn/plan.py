@@ -138,7 +138,12 @@ def make_transitional(model: nn.Module) -> nn.Module:
         modules: dict[str, Any] = dict(model.named_modules())
         for name, before in plan.before.items():
             norm = modules[name]
-            become(norm, TransitionalBatchNorm(norm, norm.follows, None if before is None else modules[before]))
+            made = TransitionalBatchNorm(norm, norm.follows, None if before is None else modules[before])
+            # What users gave it, such as hooks, goes along.
+            made.__dict__.update(
+                {key: value for key, value in vars(norm).items() if key not in ("_modules", "_follows")}
+            )
+            become(norm, made)
         model.bitswitch_plan = replace(plan, transitional=True)  # type: ignore[assignment]
     return model
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bitswitch.codes import check_widths
-from bitswitch.errors import UserError, nearest
+from bitswitch.errors import UserError, check_word, nearest
 from bitswitch.nn.layers import QUANTIZED, QuantizedLayer
 from bitswitch.nn.norm import BATCH_NORMS
 from bitswitch.nn.plan import OTHER_FORWARD, Plan, apply, has_other_forward, replace_attention
 from bitswitch.nn.quantizers import InputKind, Method, ScaleForm, input_range
-from bitswitch.nn.switch import check_network
+from bitswitch.nn.switch import unwrapped
 from bitswitch.nn.trace import Trace, trace
 from bitswitch.numerics import start_activation_scales
 
@@ -25,6 +25,17 @@ _NOT_SWAPPED = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
     *(nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase),
 )
+
+
+def as_arguments(example_inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a model is called with.
+
+    Raises:
+        UserError: it is neither a tensor nor a tuple of arguments.
+    """
+    if not isinstance(example_inputs, (Tensor, tuple)):
+        raise UserError(f"example_inputs is a {type(example_inputs).__name__}: give a tensor, or a tuple of arguments")
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
 
 
 def quantize(
@@ -68,17 +79,11 @@ def quantize(
         UserError: bad widths or options, a model that is already quantized, a pattern that matches nothing, weights or
             activations that are not finite, or no layer left to quantize (a ValueError).
     """
-    check_network(model)
+    model = unwrapped(model)
     widths = check_widths(bits)
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    if not isinstance(example_inputs, (Tensor, tuple)):
-        raise UserError(f"example_inputs is a {type(example_inputs).__name__}: give a tensor, or a tuple of arguments")
-    if method not in get_args(Method):
-        raise UserError(
-            f"method={method!r}{nearest(str(method), get_args(Method))}; there are {', '.join(get_args(Method))}"
-        )
-    if scale_form not in get_args(ScaleForm):
-        raise UserError(f"scale_form={scale_form!r}: use 'log' or 'raw'")
+    inputs = as_arguments(example_inputs)
+    check_word("method", method, get_args(Method))
+    check_word("scale_form", scale_form, get_args(ScaleForm))
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise UserError(f"this {type(model).__name__} is already quantized: quantize the float network")
     if any(is_lazy(parameter) for parameter in model.parameters()):

@@ -1,5 +1,6 @@
 """Costs of layers at each width: what a choice of widths is budgeted by."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
         raise UserError("example_inputs hold no image to count operations for")
     macs = dict.fromkeys(layers, 0)
 
-    def count(name: str, _args: Any, output: Tensor) -> None:
+    def count(name: str, _input: Tensor, output: Tensor) -> None:
         shape = layers[name].stored_shape
         macs[name] += output.numel() // batch * (shape.numel() // shape[0])
 
@@ -66,8 +67,8 @@ def shared_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[lis
     # The tensors are held, so that no two have one identity.
     readers: dict[int, tuple[Tensor, list[str]]] = {}
 
-    def read(name: str, args: Any, _output: Tensor) -> None:
-        readers.setdefault(id(args[0]), (args[0], []))[1].append(name)
+    def read(name: str, given: Tensor, _output: Tensor) -> None:
+        readers.setdefault(id(given), (given, []))[1].append(name)
 
     _run_once(model, example_inputs, read)
     groups = [[name for name in layers if name in names] for _, names in readers.values()]
@@ -75,12 +76,15 @@ def shared_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[lis
 
 
 @torch.no_grad()
-def _run_once(model: nn.Module, example_inputs: tuple[Any, ...], see: Callable[[str, Any, Tensor], None]) -> None:
-    """One forward in eval mode: `see` gets the name, arguments and output of every quantized layer that runs."""
+def _run_once(model: nn.Module, example_inputs: tuple[Any, ...], see: Callable[[str, Tensor, Tensor], None]) -> None:
+    """One forward in eval mode: `see` gets the name, input and output of every quantized layer that runs."""
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _layer, args, named, output: see(name, args[0] if args else named["input"], output)
+
     with ExitStack() as stack:
         for name, layer in quantized_layers(model).items():
-            hook = layer.register_forward_hook(lambda _layer, args, output, name=name: see(name, args, output))
-            stack.callback(hook.remove)
+            stack.callback(layer.register_forward_hook(hook(name), with_kwargs=True).remove)
         with evaluating(model):
             model(*example_inputs)
 
@@ -116,7 +120,7 @@ def cost_tables(
     counts = {name: layer.stored_shape.numel() for name, layer in layers.items()}
     total = sum(counts.values())
     # What does not depend on widths is counted once, with the first layer.
-    rest = dict.fromkeys(layers, 0) | {next(iter(layers)): 4 * _numbers_besides(model, total)}
+    rest = dict.fromkeys(layers, 0) | {next(iter(layers)): 4 * _numbers_besides(model)}
     tables: dict[str, Table] = {
         "bits": {name: {w: w / len(layers) for w in widths[name]} for name in layers},
         "weight_bits": {name: {w: w * counts[name] / total for w in widths[name]} for name in layers},
@@ -134,10 +138,12 @@ def cost_tables(
     return tables
 
 
-def _numbers_besides(model: nn.Module, quantized: int) -> int:
-    """How many numbers the model holds besides the quantized weights."""
-    state = model.state_dict(keep_vars=True)
-    return sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in state.values()}.values()) - quantized
+def _numbers_besides(model: nn.Module) -> int:
+    """How many numbers the model holds besides the quantized weights, each once."""
+    layers = quantized_layers(model).values()
+    weights = {id(tensor) for layer in layers for tensor in (layer.weight, layer.codes)}
+    rest = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in weights}
+    return sum(tensor.numel() for tensor in rest.values())
 
 
 def read_latency(path: str | Path) -> dict[str, dict[int, float]]:
@@ -182,7 +188,12 @@ def as_budgets(budgets: Sequence[float | Mapping[str, float]]) -> list[dict[str,
     for one in budgets:
         given = one if isinstance(one, Mapping) else {"bits": one}
         try:
-            found.append({"bits" if cost == "avg" else cost: _number(most) for cost, most in given.items()})
+            budget: dict[str, float] = {}
+            for cost, most in given.items():
+                name = "bits" if cost == "avg" else cost
+                # Both names of one cost may be there.
+                budget[name] = min(_number(most), budget.get(name, math.inf))
+            found.append(budget)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"budget {one!r} is neither a number nor {{cost: number}}, such as {{'bits': 4}}"

@@ -31,12 +31,17 @@ def damage_table(model: nn.Module, traces: Mapping[str, Trace | float], form: Fo
         UserError: a layer has no trace, or one that is not finite.
     """
     layers = quantized_layers(model)
+    if not isinstance(traces, Mapping):
+        raise UserError(f"traces is a {type(traces).__name__}: give {{layer: trace}}, as bitswitch.hessian_trace does")
     weights: dict[str, float] = {}
     for name, layer in layers.items():
         if name not in traces:
             raise UserError(f"the traces lack layer {name!r}{nearest(name, traces)}: are they of another network?")
         given = traces[name]
-        trace = given.mean if isinstance(given, Trace) else float(given)
+        try:
+            trace = given.mean if isinstance(given, Trace) else float(given)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the trace of layer {name!r} is {given!r}: give a number or a Trace") from error
         if not math.isfinite(trace):
             raise UserError(f"the trace of layer {name!r} is {trace}: take the traces again")
         weights[name] = trace / layer.stored_shape.numel()

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitswitch.errors import UserError, nearest
+from bitswitch.nn import as_arguments
 from bitswitch.search.costs import as_budgets, budgets_between, cost_tables
 from bitswitch.search.damage import Form, damage_table
 from bitswitch.search.programme import Choice, Problem, Table, frontier
@@ -43,7 +44,7 @@ def find(
         UserError: traces or tables of another network, an unknown cost, or a budget that cannot be met, with the least and
             the greatest that can be.
     """
-    inputs = example_inputs if example_inputs is None or isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = None if example_inputs is None else as_arguments(example_inputs)
     if isinstance(damage, str) and damage not in ("hessian", "linear"):
         raise UserError(f"damage={damage!r}{nearest(damage, ('hessian', 'linear'))}: use hessian, linear or a table")
     table = damage_table(model, traces, damage) if isinstance(damage, str) else damage

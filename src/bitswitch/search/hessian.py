@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitswitch.errors import UserError, nearest
-from bitswitch.nn import QuantizedLayer, evaluating
+from bitswitch.nn import QuantizedLayer, evaluating, unwrapped
 from bitswitch.nn.plan import replace_attention
 from bitswitch.search.passes import TRACED, Layer, LossFunction
 from bitswitch.search.probes import Job, Kind, Prober, prober
@@ -66,6 +66,12 @@ def hessian_trace(
     """
     if probes < 2:
         raise UserError(f"probes={probes}: a standard error needs at least 2")
+    if target is not None and not 0 < target < math.inf:
+        raise UserError(f"target={target!r}: an error to reach is a number above 0; None takes one round")
+    if not 0 <= rank < ranks:
+        raise UserError(f"rank={rank} is none of ranks={ranks}: they count from 0")
+    if layers is not None and not len(layers):
+        raise UserError("layers=[] names none: leave it out for all")
     if target is not None and iter(batches) is batches:
         raise UserError("the batches can be visited only once: give a list or a loader, or target=None for one round")
     model = _traceable(model)
@@ -96,6 +102,7 @@ def hessian_trace(
 
 def _traceable(model: nn.Module) -> nn.Module:
     """The model, or its equal where attention would run no layers, or an activation has no second derivative."""
+    model = unwrapped(model)
     if any(type(module) in (nn.MultiheadAttention, nn.Hardsigmoid) for module in model.modules()):
         model = copy.deepcopy(model)
         replace_attention(model)
@@ -178,8 +185,9 @@ def _next_jobs(
         tally = tallies[name][kind]
         first_alone = kind == "weight" and not tally.alone
         counted = 0 if first_alone else tally.probes
-        more = fewest if first_alone else max(fewest, math.ceil(counted * ((error / target) ** 2 - 1)))
-        more = min(more, most - counted)
+        # Not squared by a power, which overflows.
+        needed = counted * ((error / target) * (error / target) - 1)
+        more = min(fewest if first_alone else max(fewest, math.ceil(min(needed, most))), most - counted)
         if more < 2:
             continue
         if kind == "output":

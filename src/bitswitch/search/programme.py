@@ -17,6 +17,8 @@ Table = Mapping[str, Mapping[int, float]]
 
 # The solver stops within an absolute gap of 1e-6: damages are scaled so far up that no difference that matters is smaller.
 _GREATEST_DAMAGE = 1e6
+# So much greater than a solution an option's damage may be before it hides differences of a thousand millionth of that.
+_TOLD_APART = 1e3
 # A budget may be exactly what the best choice costs; in floating point it would miss it by a hair. The solver is given more
 # room than that, and `meets` cuts off what used it, one choice at a time. Where all sums are multiples of one number, as
 # averages of bits are, a budget between two of them leaves none to be cut off.
@@ -70,6 +72,8 @@ class Problem:
     def __post_init__(self) -> None:
         for name, table in {"damage": self.damage, **self.costs}.items():
             check_table(name, table, self.damage)
+        if any(isinstance(group, str) for group in self.tied):
+            raise UserError(f"tied={list(self.tied)!r}: give groups of layers, [[name, name], ...]")
         for layer in (layer for group in self.tied for layer in group):
             if layer not in self.damage:
                 raise UserError(f"tied layers: no layer is named {layer!r}{nearest(layer, self.damage)}")
@@ -162,19 +166,23 @@ class Problem:
             lower.append(-np.inf)
             upper.append(len(picked) - 1.0)
         damage = np.array([sum(self.damage[layer][width] for layer in group) for group, width in options])
-        unit = float(np.abs(damage).max(initial=0.0)) or 1.0
-        # Where a budget leaves next to no room, HiGHS's presolve calls some problems infeasible that are not.
-        for presolve in (True, False):
-            found = milp(
-                damage / unit * _GREATEST_DAMAGE,
-                constraints=LinearConstraint(np.array(rows), lower, upper),
-                integrality=np.ones(len(options)),
-                bounds=Bounds(0, 1),
-                options={"mip_rel_gap": 0.0, "presolve": presolve},
-            )
-            if found.x is not None:
-                return [int(i) for i in np.flatnonzero(found.x > 0.5)]
-        return None
+        owners = [group for group, _ in options]
+        least = {
+            group: min(d for owner, d in zip(owners, damage, strict=True) if owner == group) for group in set(owners)
+        }
+        excess = damage - np.array([least[group] for group in owners])
+        constraints = LinearConstraint(np.array(rows), lower, upper)
+        usable = np.ones(len(options))
+        while True:
+            chosen = _least(excess, usable, constraints)
+            if chosen is None:
+                return None
+            total = excess[chosen].sum()
+            if excess[usable > 0].max(initial=0.0) <= _TOLD_APART * total:
+                return chosen
+            # What is worse by itself than all of a solution is in no better one, and beside it the solver does not tell
+            # small differences apart.
+            usable = (excess <= total).astype(float)
 
     def bounds(self, cost: str) -> tuple[float, float]:
         """The least and the greatest sum of a cost, over all choices in which tied layers have one width."""
@@ -182,7 +190,7 @@ class Problem:
         sums = [
             [
                 sum(table[layer][width] for layer in group)
-                for width in set.intersection(*(set(table[one]) for one in group))
+                for width in set.intersection(*(set(self.damage[one]) for one in group))
             ]
             for group in self.groups()
         ]
@@ -196,6 +204,30 @@ class Problem:
         return UserError(f"no assignment meets {' and '.join(parts)}" + (" together" if len(parts) > 1 else ""))
 
 
+def _least(damage: np.ndarray, usable: np.ndarray, constraints: LinearConstraint) -> list[int] | None:
+    """The indices of what is picked where the sum of damage is least; None where nothing meets the constraints.
+
+    Args:
+        damage: of each option, not negative.
+        usable: 1 for an option that may be picked, else 0.
+        constraints: of the options, each picked or not.
+    """
+    damage = damage * usable
+    unit = float(damage.max(initial=0.0)) or 1.0
+    # Where a budget leaves next to no room, HiGHS's presolve calls some problems infeasible that are not.
+    for presolve in (True, False):
+        found = milp(
+            damage / unit * _GREATEST_DAMAGE,
+            constraints=constraints,
+            integrality=np.ones(len(damage)),
+            bounds=Bounds(0, usable),
+            options={"mip_rel_gap": 0.0, "presolve": presolve},
+        )
+        if found.x is not None:
+            return [int(i) for i in np.flatnonzero(found.x > 0.5)]
+    return None
+
+
 def _step(values: np.ndarray) -> float:
     """What all values are whole multiples of, but for rounding; 0 where that is too small for the solver to tell apart."""
     step = 0.0
@@ -207,8 +239,12 @@ def _step(values: np.ndarray) -> float:
         if less:
             return 0.0
         step = greater
+    if not step:
+        return 0.0
     # Without the errors of all those remainders.
-    return float(np.abs(values).max() / round(np.abs(values).max() / step)) if step else 0.0
+    step = float(np.abs(values).max() / round(np.abs(values).max() / step))
+    multiples = np.abs(values) / step
+    return step if (np.abs(multiples - np.round(multiples)) <= _HAIR * np.maximum(multiples, 1.0)).all() else 0.0
 
 
 def frontier(problem: Problem, budgets: Sequence[Mapping[str, float]]) -> list[Choice]:

@@ -1,10 +1,12 @@
 """Knowledge distillation (Hinton et al., arXiv 1503.02531)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 from torch.nn import functional as F
+
+from bitswitch.errors import UserError, check_word
 
 Teacher = Literal["none", "float", "highest"]
 
@@ -23,6 +25,13 @@ class Distillation:
     teacher: Teacher = "none"
     temperature: float = 1.0
     weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_word("teacher", self.teacher, get_args(Teacher))
+        if not (self.temperature > 0 and 0 <= self.weight <= 1):
+            raise UserError(
+                f"temperature={self.temperature!r}, weight={self.weight!r}: a temperature is above 0, a weight from 0 to 1"
+            )
 
     def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         """Mean loss over a batch.

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from bitswitch.errors import UserError
+from bitswitch.errors import UserError, check_word
 from bitswitch.nn import ActivationQuantizer, QuantizedLayer
 from bitswitch.nn.one_graph import OneGraph
 from bitswitch.training.distributed import World, average_gradients
@@ -32,6 +32,11 @@ class Engine:
     compile: bool = False
     micro_batches: int = 1
     world: World = field(default_factory=World)
+
+    def __post_init__(self) -> None:
+        check_word("precision", self.precision, get_args(Precision))
+        if self.micro_batches < 1:
+            raise UserError(f"micro_batches={self.micro_batches!r}: a batch has one part at least")
 
     def place(self, model: nn.Module) -> nn.Module:
         """The model in the memory format of this engine, in place."""

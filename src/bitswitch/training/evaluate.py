@@ -66,6 +66,8 @@ def evaluate(
         UserError: the network does not give logits for images alone, or none that are finite; there are no images, or their
             classes are not the network's.
     """
+    if isinstance(precisions, (int, str, Mapping)) or not len(precisions):
+        raise UserError(f"precisions={precisions!r}: give a list of widths or assignments, such as [8, 2]")
     world = world or World()
     forward = model if forward is None else forward
     rows: list[Tensor] = []

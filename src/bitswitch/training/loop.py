@@ -100,8 +100,8 @@ class Loop:
         """Train the epochs that are left.
 
         Raises:
-            UserError: a loss is not finite or the ranks' weights are not the same (the last checkpoint stays), or a checkpoint
-                cannot be written.
+            UserError: a loss is not finite, there are other batches than announced, or the ranks' weights are not the same (the
+                last checkpoint stays), or a checkpoint cannot be written.
         """
         while self.epochs_done < self.epochs:
             self.objective.model.train()
@@ -122,9 +122,13 @@ class Loop:
 
     def _epoch(self, epoch: int) -> list[float]:
         steps = len(self.batches)
+        given = 0
         seen: list[Tensor] = []
         total = torch.zeros(len(self.objective.names), dtype=torch.float64)
         for step, (x, y) in enumerate(self.batches.epoch(epoch)):
+            given = step + 1
+            if given > steps:
+                break
             number = epoch * steps + step
             seen.append(self.objective.step(x, y, cosine(number, self.epochs * steps), number))
             self.on_step()
@@ -133,6 +137,11 @@ class Loop:
                 self._check(window, epoch, step + 1 - len(seen))
                 total += window.sum(0)
                 seen = []
+        if given != steps or not steps:
+            raise UserError(
+                f"epoch {epoch} has {'more' if given > steps else given} batches, and {steps} were announced: the length and "
+                "the stream of batches must be alike, and hold one at least"
+            )
         return (total / steps).tolist()
 
     def _check(self, window: Tensor, epoch: int, first_step: int) -> None:

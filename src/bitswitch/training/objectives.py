@@ -1,13 +1,14 @@
 """What one training step does to one batch."""
 
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitswitch.assignment import Assignment
+from bitswitch.errors import check_word
 from bitswitch.nn import switched
 from bitswitch.training.distillation import Distillation
 from bitswitch.training.engine import Engine
@@ -110,6 +111,7 @@ class JointObjective:
         on_gradients: Callable[[int], None] | None = None,
         sampler: AssignmentSampler | WidthSampler | None = None,
     ) -> None:
+        check_word("order", order, get_args(Order))
         self.engine = engine or Engine()
         self.model = self.engine.place(model)
         self.forward = self.engine.forward_of(model)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from bitswitch.errors import UserError
+from bitswitch.errors import UserError, check_word
 from bitswitch.nn import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer, quantized_layers
 from bitswitch.training.alrs import AlrsForm, adapted_rate, paper_eta
 
@@ -48,8 +48,7 @@ class MultiPrecisionOptimizer:
         eta: Literal["paper"] | float | Mapping[int, float] = 1.0,
         clip: float = 1.0,
     ) -> None:
-        if alrs not in get_args(AlrsForm):
-            raise UserError(f"alrs={alrs!r}: use one of {', '.join(get_args(AlrsForm))}")
+        check_word("alrs", alrs, get_args(AlrsForm))
         numbers = {"lr": lr, "scale_lr": scale_lr, "weight_decay": weight_decay, "clip": clip}
         for name, number in numbers.items():
             if isinstance(number, str):
@@ -127,8 +126,8 @@ class MultiPrecisionOptimizer:
         if others:
             told = " and ".join(map(str, sorted(others, reverse=True)))
             raise UserError(
-                f"step({width}) found gradients of {told} bits: step after the backward of each width, with that width; where "
-                f"several widths' gradients are summed, say step(), and where layers had other widths, step({width}, mixed=True)"
+                f"step({width}) found gradients of {told} bits: step after the backward of each width, with that width; "
+                f"where several widths' are summed, say step(), and where layers had others, step({width}, mixed=True)"
             )
 
     def _step_scales(self, width: int | None, *, mixed: bool) -> None:

@@ -30,6 +30,8 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], precision: Precision
     first = next(batches, None)
     if first is None:
         raise UserError("no images to recalibrate with: give a list of batches; a generator is empty the second time")
+    if not isinstance(first, Tensor):
+        raise UserError(f"images hold a {type(first).__name__}: give batches of images alone, each a tensor")
     with evaluating(model), switched(model, precision) if precision is not None else nullcontext():
         norms = _in_use(model)
         momenta = [norm.momentum for norm in norms]

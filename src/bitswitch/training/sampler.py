@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
 from bitswitch.assignment import Assignment
-from bitswitch.errors import UserError
+from bitswitch.errors import UserError, check_word
 
 Sampling = Literal["hasb", "uniform", "fixed"]
 
@@ -24,7 +24,7 @@ def sensitive_layers(
         cap: at most this share of all layers, those of the greatest traces.
 
     Raises:
-        UserError: there are no traces, or one is not finite.
+        UserError: there are no traces, one is not finite, or a share is not from 0 to 1.
 
     >>> sorted(sensitive_layers({"a": 1.0, "b": 9.0, "c": 8.0, "d": 2.0}))
     ['b', 'c']
@@ -36,9 +36,14 @@ def sensitive_layers(
         raise UserError(
             "sensitive layers cannot be told: a trace is missing or not finite; do the sensitivity stage again"
         )
+    for name, share in (("above", 0.0 if above == "mean" else above), ("cap", cap)):
+        if isinstance(share, str) or not 0 <= share <= 1:
+            raise UserError(f"{name}={share!r}: give a number from 0 to 1" + " or 'mean'" * (name == "above"))
     threshold = values.mean() if above == "mean" else np.quantile(values, above)
+    # The mean of equal numbers may be above them by a last digit, and a share of layers below a whole number.
+    threshold -= 1e-12 * abs(threshold)
     ranked = sorted(traces, key=lambda name: -traces[name])
-    return frozenset(name for name in ranked[: int(cap * len(ranked))] if traces[name] >= threshold)
+    return frozenset(name for name in ranked[: int(cap * len(ranked) + 1e-9)] if traces[name] >= threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,9 @@ class AssignmentSampler:
     seed: int
     steps: int
     epochs: int
+
+    def __post_init__(self) -> None:
+        check_word("sampling", self.sampling, get_args(Sampling))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,6 +135,10 @@ class WidthSampler:
     widths: tuple[int, ...]
     forwards: int
     seed: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.forwards <= len(self.widths):
+            raise UserError(f"forwards={self.forwards!r}: a step visits from 1 to all {len(self.widths)} widths")
 
     @property
     def names(self) -> tuple[str, ...]:
