@@ -111,6 +111,25 @@ def test_ways_are_held_against_those_that_cost_as_much_seed_by_seed():
     ]
 
 
+def test_a_long_schedule_is_held_against_trainings_of_as_many_epochs():
+    runs = [
+        *(training("paper", seed, top1=80.0 + seed, drop=1.0, schedule="long", epochs=4) for seed in range(2)),
+        training("paper", 0, top1=70.0, drop=1.0),
+        training("paper-432", 0, top1=70.0, drop=1.0, bits=(4, 3, 2), epochs=4),
+        *(training(f"{OURS}-twice-as-long", seed, top1=85.0, drop=1.0, epochs=4) for seed in range(2)),
+    ]
+    for run in runs[-2:]:
+        run["overrides"] = ["train.forwards=1"]
+    tables = accuracy_tables(runs)
+    (told,) = (one for one in tables if one.startswith("**long, 4 epochs, bits 8, 2: points above another row"))
+    assert f"| {OURS}-twice-as-long | paper | 0, 1 | val, last epoch | 4.50 ± 0.71 | 4.50 ± 0.71 |" in told
+    (on_val,) = (one for one in tables if one.startswith("**long, 4 epochs, bits 8, 2: on val"))
+    assert len([line for line in on_val.splitlines() if line.startswith(("| paper |", f"| {OURS}"))]) == 2
+    # They stay where they were, too.
+    (decided,) = (one for one in tables if one.startswith("**decide, 2/4 epochs, bits 8, 2: on val"))
+    assert f"| {OURS}-twice-as-long |" in decided and "| paper |" in decided
+
+
 def test_every_row_that_others_are_held_against_is_of_a_training_in_the_queue():
     bases = {f"{schedule}-{name}-seed0" for schedule, held in _HELD_AGAINST.items() for _, name in held}
     assert bases <= set(accuracy.QUEUE)

@@ -63,13 +63,20 @@ def accuracy_tables(results: Sequence[_Result]) -> list[str]:
 
 
 def by_widths(results: Sequence[_Result]) -> dict[tuple[str, tuple[int, ...]], list[_Result]]:
-    """Trainings by (schedule, list of widths). One of a single width is with every list that holds it, or else by itself."""
+    """Trainings by (schedule, list of widths). One of a single width is with every list that holds it, or else by itself.
+
+    Those of the schedule "decide" that have as many epochs as one of "long" are with these, too.
+    """
     groups: dict[tuple[str, tuple[int, ...]], list[_Result]] = {}
     own = grouped(results, lambda one: (str(one["schedule"]), tuple(one["bits"])))
     for (schedule, bits), runs in own.items():
         lists = [(other, some) for other, some in own if other == schedule and len(some) > 1 and bits[0] in some]
         for key in lists if len(bits) == 1 and lists else [(schedule, bits)]:
             groups.setdefault(key, []).extend(runs)
+    for (schedule, bits), group in groups.items():
+        if schedule == "long":
+            epochs = {run["epochs"] for run in group}
+            group += [run for run in own.get(("decide", bits), []) if run["epochs"] in epochs]
     return groups
 
 
@@ -124,7 +131,7 @@ def _worth_tables(title: str, schedule: str, variants: Sequence[Sequence[_Result
     # Of one width alone there is nothing to compare all of them with.
     whole = (runs for runs in variants if len(runs[0]["bits"]) == len(bits))
     known = {runs[0]["variant"]: {run["seeds"][0]: run for run in runs} for runs in whole}
-    costs = {variant: {cost(run) for run in runs.values()} for variant, runs in known.items()}
+    costs = {variant: {spent(run, schedule) for run in runs.values()} for variant, runs in known.items()}
     rows = []
     for variant, runs in known.items():
         for base in (name for prefix, name in _HELD_AGAINST.get(schedule, ()) if variant.startswith(prefix)):
@@ -155,6 +162,11 @@ def _measures(run: _Result) -> dict[str, dict[int, float]]:
     }
     tested = all("test" in score for score in scores.values())
     return found | ({"test": {width: score["test"]["top1"] for width, score in scores.items()}} if tested else {})
+
+
+def spent(run: _Result, schedule: str) -> float:
+    """What trainings that are compared in a schedule have alike: passes over the images in "long", elsewhere `cost`."""
+    return float(run["epochs"]) if schedule == "long" else cost(run)
 
 
 def cost(run: _Result) -> float:

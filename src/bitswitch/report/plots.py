@@ -11,7 +11,7 @@ from typing import Any
 
 from bitswitch import files
 from bitswitch.errors import require
-from bitswitch.report.accuracy import by_widths, cost, forwards
+from bitswitch.report.accuracy import by_widths, forwards, spent
 from bitswitch.report.markdown import grouped
 from bitswitch.report.subnets import ALIKE, SHOWN, by_joint, reached
 
@@ -23,10 +23,10 @@ _SIGHT = 30
 
 
 def draw(results: str | Path, folder: str | Path) -> list[Path]:
-    """Draw what the result files hold: `epochs-<schedule>-<bits>-<forwards>.svg`, `subnets-<job>.svg`, `widths-<job>.svg`.
+    """Draw what the result files hold: `epochs-<schedule>-<bits>-<spent>.svg`, `subnets-<job>.svg`, `widths-<job>.svg`.
 
-    Forwards of a training are counted in epochs that visit every width. A training of one width is in all figures of its
-    schedule and of lists that hold the width.
+    What is in a figure is alike in what was spent: see `bitswitch.report.accuracy.spent`. Forwards of a training are counted in
+    epochs that visit every width. A training of one width is in all figures of its schedule and of lists that hold the width.
 
     A figure names, in its description, the digest of the files that it was made from: see `digest`.
 
@@ -46,9 +46,8 @@ def draw(results: str | Path, folder: str | Path) -> list[Path]:
     for (schedule, bits), runs in sorted(by_widths(trainings).items(), key=lambda item: item[0]):
         alone = [one for one in runs if len(one["bits"]) < len(bits)]
         whole = [one for one in runs if len(one["bits"]) == len(bits)]
-        # What cost as much is compared with each other.
-        for spent, some in sorted(grouped(whole, cost).items()):
-            figures[f"epochs-{schedule}-{''.join(map(str, bits))}-{spent:g}.svg"] = _epochs([*some, *alone], bits)
+        for alike, some in sorted(grouped(whole, lambda one, schedule=schedule: spent(one, schedule)).items()):
+            figures[f"epochs-{schedule}-{''.join(map(str, bits))}-{alike:g}.svg"] = _epochs([*some, *alone], bits)
     for joint, ways in by_joint([one for one in known.values() if "random" in one]).items():
         figures[f"subnets-{joint}.svg"] = _subnets(ways)
         figures[f"widths-{joint}.svg"] = _widths(ways)
