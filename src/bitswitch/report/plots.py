@@ -5,6 +5,7 @@ import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def draw(results: str | Path, folder: str | Path) -> list[Path]:
     for (schedule, bits), runs in sorted(by_widths(trainings).items(), key=lambda item: item[0]):
         alone = [one for one in runs if len(one["bits"]) < len(bits)]
         whole = [one for one in runs if len(one["bits"]) == len(bits)]
-        for alike, some in sorted(grouped(whole, lambda one, schedule=schedule: spent(one, schedule)).items()):
+        for alike, some in sorted(grouped(whole, partial(spent, schedule=schedule)).items()):
             figures[f"epochs-{schedule}-{''.join(map(str, bits))}-{alike:g}.svg"] = _epochs([*some, *alone], bits)
     for joint, ways in by_joint([one for one in known.values() if "random" in one]).items():
         figures[f"subnets-{joint}.svg"] = _subnets(ways)
