@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import math
 from collections.abc import Collection, Iterable
+from numbers import Real
 from types import ModuleType
 
 
@@ -24,6 +26,16 @@ def check_word(name: str, word: object, known: Collection[str]) -> None:
     """
     if word not in known:
         raise UserError(f"{name}={word!r}{nearest(str(word), known)}; there are {', '.join(known)}")
+
+
+def check_number(name: str, given: object) -> None:
+    """Refuse what is no real number, such as text, None, a truth value or NaN.
+
+    Raises:
+        UserError: it names the argument.
+    """
+    if isinstance(given, bool) or not isinstance(given, Real) or math.isnan(given):
+        raise UserError(f"{name}={given!r}: give a number")
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -311,6 +311,15 @@ def test_a_budget_of_bytes(tmp_path, quantized, network, images, copies, expecte
     assert set(map(tuple, kept(loaded).values())) == {tuple(expected)}
 
 
+def test_a_budget_of_bytes_is_any_number(tmp_path, quantized, network):
+    bs.save(quantized, tmp_path / "a")
+    for number in (1e7, np.int64(10**7)):
+        assert bs.load(tmp_path / "a", model=network, cache_bytes=number)
+    for wrong in ("x", True, float("nan")):
+        with pytest.raises(UserError, match=r"cache_bytes=.*: give a number"):
+            bs.load(tmp_path / "a", model=network, cache_bytes=wrong)
+
+
 def test_what_is_kept_follows_its_codes_and_scales(loaded, images):
     layer = loaded.conv2
     loaded(images)

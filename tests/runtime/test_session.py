@@ -317,9 +317,10 @@ def test_what_is_no_width_and_no_input_is_told_in_a_line(made):
         session.switch([4, 2])
     with pytest.raises(UserError, match=r"no width array\(\[4, 2\]\); it has 8"):
         session.switch(np.array([4, 2]))
-    for name, number in (("threads", -1), ("threads", "2"), ("threads", 10**6), ("memory", None), ("memory", -1)):
-        with pytest.raises(UserError, match=f"{name}={number!r}: give a whole number"):
+    for name, number in (("threads", -1), ("threads", "2"), ("threads", 1.5), ("threads", 10**6), ("memory", None)):
+        with pytest.raises(UserError, match=f"{name}={number!r}: give a (whole )?number"):
             Session(files["exact"], **{name: number})
+    assert Session(files["exact"], threads=np.int64(1), memory=float("inf")).bits == 8
     for dtype in ("complex64", "datetime64[s]"):
         with pytest.raises(UserError, match="cannot run the network on these inputs"):
             session.run(images.numpy().astype(dtype))

@@ -200,6 +200,11 @@ def test_a_great_damage_hides_no_small_ones(penalty):
         assert problem.solve(budgets).damage == pytest.approx(brute_force(problem, budgets), rel=1e-9)
 
 
+def test_where_a_width_is_all_there_is_there_are_no_alternatives():
+    problem = Problem(damage={"a": {8: 1.0}}, costs={"bits": {"a": {8: 8.0}}})
+    assert [choice.assignment["a"] for choice in alternatives(problem, {"bits": 8})] == [8]
+
+
 def test_bounds_are_of_the_widths_that_damage_has():
     costs = {"bits": {name: {w: w / 2 for w in (8, 4, 2)} for name in "ab"}}
     problem = Problem(damage={name: {8: 0.0, 4: 1.0} for name in "ab"}, costs=costs)

@@ -27,7 +27,7 @@ def _local(text: str) -> Path:
 
 def _device(text: str) -> str:
     # Whether there is such a one here, the commands that compute ask torch.
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+    if not re.fullmatch(r"auto|(cpu|cuda)(:\d+)?", text):
         raise UserError(f"--device {text}: say auto, cpu, cuda or, of several, cuda:1")
     return text
 

@@ -17,7 +17,7 @@ from bitswitch import artifact
 from bitswitch.artifact import GRAPH, tensor_name
 from bitswitch.assignment import Assignment
 from bitswitch.codes import bits_read
-from bitswitch.errors import UserError, require
+from bitswitch.errors import UserError, check_number, require
 from bitswitch.export.tensors import fill, tensors_of
 from bitswitch.models import build, is_trusted
 from bitswitch.nn import Plan, QuantizedLayer, apply, plan_of, quantized_layers, switch, unwrapped
@@ -183,7 +183,7 @@ def load(
     bits: int | None = None,
     model: nn.Module | Callable[..., nn.Module] | str | None = None,
     assignment: Mapping[str, int] | str | None = None,
-    cache_bytes: int | None = None,
+    cache_bytes: float | None = None,
 ) -> nn.Module:
     """The model of an artifact, in eval mode, with integer codes and no float weight in its quantized layers.
 
@@ -209,8 +209,8 @@ def load(
     """
     if bits is not None and assignment is not None:
         raise UserError("give bits= or assignment=, not both")
-    if not (cache_bytes is None or isinstance(cache_bytes, int)):
-        raise UserError(f"cache_bytes={cache_bytes!r}: give a whole number of bytes")
+    if cache_bytes is not None:
+        check_number("cache_bytes", cache_bytes)
     wanted = bits if assignment is None else assignment
     served = artifact.served_widths(path) if isinstance(wanted, str) else ()
 
@@ -250,7 +250,7 @@ def load(
         layers = quantized_layers(loaded).values()
         copy_bytes = sum(layer.stored_shape.numel() * layer.weight_quantizer.scale().element_size() for layer in layers)
         for layer in layers:
-            layer.kept.most = max(cache_bytes, 0) // copy_bytes
+            layer.kept.most = int(min(max(cache_bytes, 0), len(header.widths) * copy_bytes) // copy_bytes)
     return loaded
 
 

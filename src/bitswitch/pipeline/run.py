@@ -67,6 +67,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: bitswitch computes on cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: there is no such device here; use cpu") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bitswitch.assignment import Assignment
-from bitswitch.errors import UserError
+from bitswitch.errors import UserError, check_number
 from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
 
@@ -55,17 +55,17 @@ class Session:
         *,
         bits: int | None = None,
         assignment: Mapping[str, int] | str | None = None,
-        memory: int = 2**30,
+        memory: float = 2**30,
         threads: int = 0,
     ) -> None:
         if bits is not None and assignment is not None:
             raise UserError("give bits= or assignment=, not both")
-        if not _is_whole(threads) or not 0 <= threads <= _MOST_THREADS:
+        check_number("threads", threads)
+        if threads not in range(_MOST_THREADS + 1):
             raise UserError(f"threads={threads!r}: give a whole number up to {_MOST_THREADS}; 0 takes all cores")
-        if not _is_whole(memory) or memory < 0:
-            raise UserError(f"memory={memory!r}: give a whole number of bytes")
+        check_number("memory", memory)
         self._source = read(path)
-        self._threads = threads
+        self._threads = int(threads)
         self._budget = memory
         self._uniform = {width: self._source.assignment(width) for width in self._source.widths}
         self._kept: OrderedDict[Assignment, _Ready] = OrderedDict()
@@ -153,7 +153,3 @@ class Session:
         while len(self._kept) > 1 and (len(self._kept) > _MOST_KEPT or self._kept_bytes() > self._budget):
             self._kept.popitem(last=False)
         return ready
-
-
-def _is_whole(number: object) -> bool:
-    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)

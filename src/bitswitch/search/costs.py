@@ -1,12 +1,12 @@
 """Costs of layers at each width: what a choice of widths is budgeted by."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -191,8 +191,8 @@ def as_budgets(budgets: Sequence[float | Mapping[str, float]]) -> list[dict[str,
             budget: dict[str, float] = {}
             for cost, most in given.items():
                 name = "bits" if cost == "avg" else cost
-                # Both names of one cost may be there.
-                budget[name] = min(_number(most), budget.get(name, math.inf))
+                # Both names of one cost may be there. NaN stays, and is told of later.
+                budget[name] = float(np.minimum(_number(most), budget.get(name, np.inf)))
             found.append(budget)
         except (TypeError, ValueError) as error:
             raise UserError(

@@ -148,6 +148,8 @@ class Problem:
         excluded: Sequence[Sequence[int]],
     ) -> list[int] | None:
         """The indices of the options of an optimum, one for each group; None where there is none."""
+        if {group for group, _ in options} != set(groups):
+            return None
         rows = [[float(group == owner) for owner, _ in options] for group in groups]
         lower, upper = [1.0] * len(groups), [1.0] * len(groups)
         for name, budget in budgets.items():
@@ -172,11 +174,12 @@ class Problem:
         }
         excess = damage - np.array([least[group] for group in owners])
         constraints = LinearConstraint(np.array(rows), lower, upper)
-        usable = np.ones(len(options))
+        usable, chosen = np.ones(len(options)), None
         while True:
-            chosen = _least(excess, usable, constraints)
-            if chosen is None:
-                return None
+            found = _least(excess, usable, constraints)
+            if found is None:
+                return chosen
+            chosen = found
             total = excess[chosen].sum()
             if excess[usable > 0].max(initial=0.0) <= _TOLD_APART * total:
                 return chosen

@@ -127,7 +127,8 @@ class MultiPrecisionOptimizer:
             told = " and ".join(map(str, sorted(others, reverse=True)))
             raise UserError(
                 f"step({width}) found gradients of {told} bits: step after the backward of each width, with that width; "
-                f"where several widths' are summed, say step(), and where layers had others, step({width}, mixed=True)"
+                f"where several widths' are summed, say step(), and where layers had others, step({width}, mixed=True); "
+                "zero_grad() drops what is left from before, zeros too"
             )
 
     def _step_scales(self, width: int | None, *, mixed: bool) -> None:
