@@ -434,7 +434,7 @@ def test_the_model_is_not_changed(attending):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "int3"}, "use int8, int4 or int2"),
+        ({"weights": "int3"}, "there are int8, int4, int2"),
         ({"additions": "exactly"}, "did you mean 'exact'"),
         ({"example_inputs": ()}, "first must be a tensor"),
     ],

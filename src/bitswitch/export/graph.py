@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitswitch.artifact import Header
-from bitswitch.errors import UserError, nearest, require
+from bitswitch.errors import UserError, check_word, require
 from bitswitch.export.artifact import Additions
 from bitswitch.export.branches import ChannelRange, Range, Ranges, branches, end_in_bytes, end_in_floats, end_in_sums
 from bitswitch.export.float_graph import float_graph
 from bitswitch.export.layers import lower_layers
 from bitswitch.export.lowering import Lowering
-from bitswitch.nn import evaluating, switched
+from bitswitch.nn import as_arguments, evaluating, switched
 from bitswitch.nn.switch import quantized_layers
 from bitswitch.runtime.bindings import Bindings
 from bitswitch.runtime.constants import Arrays, values
@@ -96,12 +96,9 @@ def integer_graph(
     Raises:
         UserError: an extra is not installed, the network cannot be exported, or the graph does not compute what it does.
     """
-    if additions not in get_args(Additions):
-        raise UserError(
-            f"additions={additions!r}{nearest(str(additions), get_args(Additions))}; use requantized or exact"
-        )
+    check_word("additions", additions, get_args(Additions))
     require("onnxruntime", "runtime")
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_arguments(example_inputs)
     leaves = (*model.parameters(), *tree_leaves(inputs))
     half = [x.dtype for x in leaves if isinstance(x, Tensor) and x.dtype in _HALF]
     if half:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from bitswitch import files
 from bitswitch.assignment import Assignment
-from bitswitch.errors import UserError, nearest
+from bitswitch.errors import UserError, check_word
 from bitswitch.export.artifact import Additions, contents
 from bitswitch.export.decide import decide
 from bitswitch.export.graph import IntegerGraph, hold_against, integer_graph
 from bitswitch.export.layout import TO_LAST, sink
 from bitswitch.export.lowering import take_place
 from bitswitch.export.patches import standard_sums
-from bitswitch.nn import unwrapped, widths
+from bitswitch.nn import as_arguments, unwrapped, widths
 from bitswitch.runtime.bindings import Bindings, Product
 from bitswitch.runtime.executable import Executable
 from bitswitch.runtime.source import read
@@ -67,13 +67,13 @@ def export_onnx(
         UserError: an extra is not installed; the network cannot be exported; the file does not compute what the model does,
             or cannot be written.
     """
-    _check(weights)
+    check_word("weights", weights, get_args(Weights))
     model = unwrapped(model)
     header, tensors = contents(model)
     graph = integer_graph(model, header, tensors, example_inputs, additions)
     assignment = widths(model)
     content = _file(graph, assignment, weights)
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    inputs = as_arguments(example_inputs)
     hold_against(model, assignment, inputs, _opened(content, weights))
     files.write(path, content)
 
@@ -104,7 +104,7 @@ def export_file(
         UserError: the artifact cannot be used or holds no graph; there is no such width or layer; the file does not compute
             what the model does, or cannot be written.
     """
-    _check(weights)
+    check_word("weights", weights, get_args(Weights))
     source = read(path)
     assignment = source.assignment(source.widths[0] if wanted is None else wanted)
     stored = ir.serde.deserialize_model(onnx.load_model_from_string(source.graph))
@@ -141,11 +141,6 @@ def _opened(content: bytes, weights: str) -> Executable:
         raise UserError(
             f"this ONNX Runtime does not open the file with weights={weights!r} ({reason[:200]}): try another"
         ) from error
-
-
-def _check(weights: str) -> None:
-    if weights not in get_args(Weights):
-        raise UserError(f"weights={weights!r}{nearest(str(weights), get_args(Weights))}; use int8, int4 or int2")
 
 
 def packed_products(bindings: Bindings, assignment: Mapping[str, int], weights: Weights) -> list[Product]:

@@ -111,11 +111,8 @@ def artifact_of(recipe: Recipe, directory: RunDirectory, typed: str) -> Path:
                     product = _STAGES[before].product(directory)
                     if product.is_file() and record["inputs"].get(before) != files.file_digest(product):
                         found.append(f"{before} was done again since")
-                if found:
-                    raise UserError(
-                        f"{directory.path} holds a {one} stage made otherwise ({'; '.join(found)}): say the overrides that "
-                        f"it was made with, do it again, or use another --out; or give the file, {path}"
-                    )
+                advice = "say the overrides that it was made with, do it again, or use another --out"
+                _refuse(directory, one, found, f"{advice}; or give the file, {path}")
             return path
     raise UserError(
         f"stage train is not done in {directory.path}: bitswitch run {typed} --out {directory.path} does it, with the same "
@@ -234,11 +231,14 @@ def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any])
     found = changes(record["config"], _config(run.recipe, stage))
     if record["inputs"]["data"] != data.fingerprint():
         found.append("the data are others")
+    again = f"bitswitch {stage} {run.typed} --out {run.directory.path} --fresh does it again, with the same overrides"
+    _refuse(run.directory, stage, found, f"{again}; or use another --out")
+
+
+def _refuse(directory: RunDirectory, stage: str, found: Sequence[str], advice: str) -> None:
+    """Where differences were found between what a stage was made from and what is asked for."""
     if found:
-        raise UserError(
-            f"{run.directory.path} holds a {stage} stage made otherwise ({'; '.join(found)}): bitswitch {stage} {run.typed} "
-            f"--out {run.directory.path} --fresh does it again, with the same overrides; or use another --out"
-        )
+        raise UserError(f"{directory.path} holds a {stage} stage made otherwise ({'; '.join(found)}): {advice}")
 
 
 def _is_done(run: Run, record: Mapping[str, Any] | None) -> bool:

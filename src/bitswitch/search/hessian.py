@@ -61,8 +61,8 @@ def hessian_trace(
         {layer: its trace}, in the order of the network's definition.
 
     Raises:
-        UserError: a name is no layer's, the model is quantized, the loss does not depend on a named layer, there are no
-            batches or they cannot be visited again, or a trace is not finite.
+        UserError: a number is out of range, a name is no layer's, the model is quantized, the loss does not depend on a named
+            layer, there are no batches or they cannot be visited again, or a trace is not finite.
     """
     if probes < 2:
         raise UserError(f"probes={probes}: a standard error needs at least 2")
