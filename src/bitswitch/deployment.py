@@ -9,7 +9,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from bitswitch import artifact, files
-from bitswitch.errors import UserError, check_word, require
+from bitswitch.errors import UserError, nearest, require
 from bitswitch.evaluation import assignments_named
 from bitswitch.export import add_graph, load
 from bitswitch.export.artifact import Additions
@@ -71,7 +71,8 @@ def export(
     for width in bits or ():
         if width not in header.widths:
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, header.widths))}")
-    check_word("--weights", weights, get_args(Weights))
+    if weights not in get_args(Weights):
+        raise UserError(f"--weights {weights}{nearest(weights, get_args(Weights))}: use int8, int4 or int2")
     source, images, added = _with_graph(path, images, additions, data_name, network)
     for one in wanted:
         # What the file is cut off before is told before anything is written.
