@@ -86,6 +86,12 @@ def test_what_can_be_no_file_is_told_and_stays(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["here", "pipe", "there"] and Path("pipe").is_fifo()
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\N{SNOWMAN}" * 85], ids=["ASCII", "UTF-8"])
+def test_a_name_as_long_as_there_are_is_written(tmp_path, name):
+    files.write(tmp_path / name, b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+
+
 @pytest.mark.parametrize("path", ["s3://bucket/a", "memory:/a"])
 def test_a_url_is_not_written(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,8 @@ def write(path: str | Path, content: bytes) -> None:
     try:
         if path.is_symlink():
             path = path.resolve()
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        # A part of the name, so that a name as long as the file system takes can be written to.
+        beside = path.with_name(f".{path.name[:48]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
         path.parent.mkdir(parents=True, exist_ok=True)
         mode = path.stat().st_mode if path.exists() else None
         if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):

@@ -740,8 +740,25 @@ def test_inputs_and_layers_that_have_no_scale(make, inputs, words):
         bs.quantize(make(), example_inputs=inputs)
 
 
-def test_a_compiled_network_is_quantized_by_its_own_names(tmp_path, network, images):
-    model = bs.quantize(torch.compile(network, backend="eager"), example_inputs=images)
+@pytest.fixture(params=["compiled", "data parallel", "distributed"])
+def wrap(request):
+    """What a network is wrapped in to run fast or on several devices."""
+    if request.param == "compiled":
+        yield lambda model: torch.compile(model, backend="eager")
+    elif request.param == "data parallel":
+        yield lambda model: torch.compile(nn.DataParallel(model), backend="eager")
+    else:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        yield nn.parallel.DistributedDataParallel
+        torch.distributed.destroy_process_group()
+
+
+def test_a_wrapped_network_is_quantized_switched_and_saved_by_its_own_names(tmp_path, network, images, wrap):
+    model = bs.quantize(wrap(network), example_inputs=images)
     assert bs.widths(model) == bs.widths(bs.quantize(network, example_inputs=images))
-    bs.save(model, tmp_path / "m")
+    wrapped, one = wrap(model), next(iter(bs.widths(model)))
+    bs.switch(wrapped, {one: 2})
+    assert bs.widths(model)[one] == bs.widths(wrapped)[one] == 2
+    bs.switch(wrapped, 8)
+    bs.save(wrapped, tmp_path / "m")
     assert bs.widths(bs.load(tmp_path / "m", model=network))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError
@@ -23,14 +24,18 @@ def check_network(model: object) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile wrapped, where it did: its wrapper gives every layer another name.
+    """The network in torch.compile's, DistributedDataParallel's and DataParallel's wrappers, which rename every layer.
 
     Raises:
         UserError: it is no network.
     """
     check_network(model)
-    wrapped = model._modules.get("_orig_mod")
-    return model if wrapped is None else wrapped
+    while True:
+        inner = "module" if isinstance(model, (DistributedDataParallel, DataParallel)) else "_orig_mod"
+        wrapped = model._modules.get(inner)
+        if wrapped is None:
+            return model
+        model = wrapped
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
