@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.config import load_recipe, to_yaml
 from bitswitch.data import load_data
 from bitswitch.pipeline.execute import _config
+from bitswitch.rundir import RunDirectory
 from commands import call, one_line, run_digits
 
 SHORT = ["pretrain.epochs=2", "train.epochs=1", "supernet=null"]
@@ -129,10 +132,29 @@ def test_a_stage_needs_the_one_before(capsys, tmp_path):
 
 
 def test_two_processes_cannot_work_in_one_directory(capsys, copied):
-    from bitswitch.rundir import RunDirectory
-
     with RunDirectory(copied).locked():
         one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "another bitswitch works in")
+
+
+def test_a_file_system_without_locks_can_be_worked_on(monkeypatch, tmp_path):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked .Function not implemented"), RunDirectory(tmp_path).locked():
+        pass
+
+
+def test_ranks_that_do_not_share_the_run_directory_are_told(capsys, monkeypatch, copied):
+    module = sys.modules["bitswitch.pipeline.execute"]
+    monkeypatch.setattr(module, "from_first", lambda *_: "what is in rank 0's own folder")
+    one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "--out must be one folder that all machines share")
+
+
+def test_what_torchrun_sets_says_nothing_without_torchrun(capsys, monkeypatch, copied):
+    monkeypatch.setenv("LOCAL_RANK", "")
+    status, _, err = call(capsys, "run", "digits", *SHORT, "--out", copied)
+    assert status == 0, err
 
 
 @pytest.mark.parametrize(
@@ -178,6 +200,11 @@ def test_two_processes_cannot_work_in_one_directory(capsys, copied):
         (["run", "digits", "model.args={in_channels: 1, num_classes: 7}"], ["[7] outputs", "digits has 10 classes"]),
         (["run", "digits", "model.args={in_channels: 3}"], ["cannot take images of [1, 8, 8]"]),
         (["run", "digits", "model.args={colour: 1}"], ["does not take the arguments"]),
+        (["run", "digits", "model.args={width: .inf}"], ["model.args", "give what JSON holds"]),
+        (["run", "digits", "model.args={since: 2020-01-01}"], ["model.args", "give what JSON holds"]),
+        (["run", "digits", "model.args={widths: {1: 16}}"], ["model.args", "give what JSON holds"]),
+        (["run", "digits", "train.alrs=off", "train.eta=paper"], ["eta is a factor of ALRS"]),
+        (["run", "digits", "data.root=images"], ["digits come with scikit-learn", "data.name=images"]),
         (["run", "digits", "--device", "cuda"], ["--device cuda", "no such device"]),
         (["run", "digits", "--device", "abacus"], ["--device abacus"]),
         (["inspect", "resnet20-cifar10", "--device", "cuda:x"], ["--device cuda:x: say auto, cpu, cuda"]),
@@ -348,6 +375,17 @@ def test_our_own_fault_exits_1(capsys, monkeypatch):
     monkeypatch.setattr("bitswitch.cli.program.recipe_names", lambda: 1 / 0)
     status, _, err = call(capsys, "recipes")
     assert status == 1 and "ZeroDivisionError" in err
+
+
+def test_a_reader_of_images_that_was_killed_is_no_fault_of_ours(capsys, monkeypatch):
+    def dies():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def read():
+        next(iter(DataLoader([0], num_workers=1, worker_init_fn=lambda _: dies())))
+
+    monkeypatch.setattr("bitswitch.cli.program.recipe_names", read)
+    one_line(call(capsys, "recipes"), "a process that reads images ended (DataLoader worker", "data.workers")
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,22 @@ def test_non_dominated_choices_are_marked(capsys, done):
     assert [row["non_dominated"] for row in rows] == [not any(beats(o, row) for o in rows) for row in rows]
 
 
+def test_a_run_done_anew_without_a_supernet_leaves_no_rows_of_one(capsys, copied):
+    words = ["run", "digits", "pretrain.epochs=1", "train.epochs=1", "supernet=null", "--out", copied, "--fresh"]
+    status, _, err = call(capsys, *words)
+    assert status == 0, err
+    stages = [json.loads(line)["stage"] for line in (copied / "metrics.jsonl").read_text().splitlines()]
+    assert set(stages) == {"pretrain", "train"} == set(json.loads((copied / "stages.json").read_text()))
+
+
+def test_a_search_that_ties_what_there_is_not_costs_no_supernet(capsys, copied):
+    records = json.loads((copied / "stages.json").read_text())
+    (copied / "stages.json").write_text(json.dumps({"pretrain": records["pretrain"]}))
+    words = ["run", "digits", *SHORT, "search.tied=[[layer1.0.convX, layer1.0.conv2]]", "--out", copied]
+    one_line(call(capsys, *words), "search.tied: no layer that is quantized is named 'layer1.0.convX'")
+    assert set(json.loads((copied / "stages.json").read_text())) == {"pretrain"}
+
+
 def test_predictions_are_kept(capsys, done, monkeypatch):
     words = ["evaluate", done / "supernet.safetensors", "--assignment", done / "frontier.json", "--json"]
     first = call(capsys, *words)

@@ -34,8 +34,16 @@ def source_digest() -> str:
 
 def source_commit() -> str | None:
     """The commit of the checkout that this package runs from, marked where files differ; None outside of one."""
+    own = Path(__file__)
+    # The second fails where this file is none of the repository's, as in an environment inside of somebody else's.
+    asked = (["describe", "--always", "--abbrev=40", "--dirty=+changes"], ["ls-files", "--error-unmatch", own.name])
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+changes"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
+        told = [
+            subprocess.run(
+                ["git", "-C", str(own.parent), *words], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for words in asked
+        ]
+        return told[0] or None
     except (OSError, subprocess.SubprocessError):
         return None

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,9 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process alone; temporary files of killed processes are removed.
 
+        Warns:
+            UserWarning: its file system has no locks.
+
         Raises:
             UserError: another process holds it, or it cannot be made.
         """
@@ -82,10 +86,16 @@ class RunDirectory:
             if fcntl is not None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
+                except BlockingIOError as error:
                     raise UserError(
                         f"another bitswitch works in {self.path}: wait for it, or use another --out"
                     ) from error
+                except OSError as error:
+                    warnings.warn(
+                        f"{self.path} cannot be locked ({error.strerror}): let no other bitswitch work in it",
+                        UserWarning,
+                        stacklevel=2,
+                    )
             for name in (*_OWN, *(f"checkpoints/{stage}.pt" for stage in _CHECKPOINTS)):
                 own = self.path / name
                 for left in own.parent.glob(f".{own.name}.????????{files.TEMPORARY_SUFFIX}"):

@@ -1,5 +1,6 @@
 """Image folders: layouts, colours, damage, val, the cache."""
 
+import errno
 import os
 import shutil
 import warnings
@@ -49,6 +50,32 @@ def test_class_folders_without_training_images_are_test(make_folder, cpu, split)
     assert data.name == str(root) and [data.size(s) for s in ("train", "val", "test")] == [0, 0, 12]
     with pytest.raises(UserError, match="no training images"):
         data.training_batches(batch_size=2, seed=0, device=cpu)
+
+
+def test_a_test_folder_without_classes_does_not_hide_val(make_folder, save_image):
+    root = make_folder(train=10, val=4)
+    save_image(root / "test" / "1.png", 0)
+    assert load_data(str(root)).size("test") == 12
+
+
+def test_a_folder_that_cannot_be_listed_is_told(make_folder, save_image, monkeypatch):
+    root, real = make_folder(), os.scandir
+    save_image(root / "train" / "ant" / "more" / "1.png", 77)
+
+    def scandir(place):
+        if str(place).endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return real(place)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    with pytest.raises(UserError, match="more cannot be listed: Permission denied"):
+        load_data(str(root))
+
+
+@pytest.mark.parametrize("name", ["image_folder", "imagenet", "cifar10"])
+def test_a_root_that_can_be_no_folder_is_told(name):
+    with pytest.raises(UserError, match="there is no folder n"):
+        load_data(name, "n" * 300)
 
 
 def test_labels_follow_the_sorted_names(make_folder):
@@ -261,6 +288,23 @@ def test_hashes_of_a_large_folder_are_remembered_by_size_and_times(make_folder, 
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     second = load_data(str(root))
     assert hashed[1:] == [[str(path)]] and first.fingerprint() != second.fingerprint()
+
+
+def test_a_file_that_could_not_be_hashed_once_is_hashed_again(make_folder, monkeypatch):
+    monkeypatch.setattr(contents, "_MOST_BYTES_HASHED_EVERY_TIME", 0)
+    root, real, hashed = make_folder(), contents.file_digests, []
+
+    def digests(paths, workers):
+        found = real(paths, workers)
+        if not hashed:
+            found[-1] = 0
+        hashed.append(paths)
+        return found
+
+    monkeypatch.setattr(contents, "file_digests", digests)
+    for _ in range(3):
+        load_data(str(root))
+    assert hashed[1:] == [hashed[0][-1:]]
 
 
 def test_more_than_memory_takes_stays_in_files(make_folder, monkeypatch):

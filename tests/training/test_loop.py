@@ -1,5 +1,6 @@
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -7,7 +8,15 @@ from torch import nn
 
 import bitswitch as bs
 from bitswitch.errors import UserError
-from bitswitch.training import FloatObjective, JointObjective, Loop, evaluate, load_checkpoint, save_checkpoint
+from bitswitch.training import (
+    FloatObjective,
+    JointObjective,
+    Loop,
+    World,
+    evaluate,
+    load_checkpoint,
+    save_checkpoint,
+)
 from bitswitch.training.recalibrate import recalibrate
 
 
@@ -39,6 +48,15 @@ def loop(model, path, stream, epochs, joint=True, order="each"):
         on_step=lambda: None,
         on_epoch=lambda *_: None,
     )
+
+
+def test_weights_that_diverged_alike_on_all_ranks_are_not_told_as_different(tmp_path, network, images, monkeypatch):
+    monkeypatch.setattr("bitswitch.training.loop.gather", lambda own, _: [*own, *pickle.loads(pickle.dumps(own))])
+    training = loop(network, tmp_path / "c.pt", Stream(images), 1, joint=False)
+    training.world = World(rank=0, size=2)
+    with torch.no_grad():
+        next(network.parameters()).fill_(torch.nan)
+    training._check_ranks()
 
 
 @pytest.mark.parametrize("joint", [False, True])

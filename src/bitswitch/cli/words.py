@@ -1,7 +1,6 @@
 """The words that commands share: arguments, options, and the processes that torchrun started."""
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +67,7 @@ def ranks(device: str) -> Iterator["tuple[World, torch.device]"]:
     from bitswitch import pipeline
     from bitswitch.training import distributed
 
-    place = pipeline.choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    place = pipeline.choose_device(device, distributed.launched().local_rank)
     world = distributed.join(place.type)
     try:
         yield world, place

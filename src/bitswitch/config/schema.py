@@ -1,5 +1,6 @@
 """What a recipe may say."""
 
+import json
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -34,6 +35,20 @@ class ModelPart(_Part):
 
     name: str
     args: dict[str, Any] = {}
+
+    @field_validator("args")
+    @classmethod
+    def _stored_as_they_are(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # Checkpoints and artifacts hold them, by which the network is built again.
+        try:
+            same = json.loads(json.dumps(value, allow_nan=False)) == value
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise ValueError(
+                "give what JSON holds: text, finite numbers, true, false, null, lists, and mappings by text"
+            )
+        return value
 
 
 class DataPart(_Part):
@@ -114,6 +129,12 @@ class QuantizedPart(EnginePart):
     def _off(cls, value: Any) -> Any:
         # YAML reads a bare `off` as false.
         return "off" if value is False else value
+
+    @model_validator(mode="after")
+    def _eta_used(self) -> "QuantizedPart":
+        if self.alrs == "off" and "eta" in self.model_fields_set and self.eta != 1:
+            raise ValueError("eta is a factor of ALRS, which alrs=off leaves out: set one of the two alone")
+        return self
 
 
 class TrainPart(QuantizedPart):

@@ -132,7 +132,9 @@ class Contents:
         if found is None:
             digests, stale = torch.zeros((len(paths), 32), dtype=torch.uint8), torch.ones(len(paths), dtype=torch.bool)
         else:
-            digests, stale = found[0]["digests"].clone(), (found[0]["stats"] != stats).any(1)
+            digests = found[0]["digests"].clone()
+            # Zeros are those of a file that could not be read.
+            stale = (found[0]["stats"] != stats).any(1) | (digests == 0).all(1)
         if stale.any():
             digests[stale] = file_digests([paths[i] for i in stale.nonzero().flatten().tolist()], self.workers)
             self.cache.write(name, {"digests": digests, "stats": stats}, None)

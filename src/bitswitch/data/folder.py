@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bitswitch import files
 from bitswitch.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
@@ -37,11 +38,14 @@ class Listing:
 def list_images(root: Path) -> Listing:
     """The images of a folder with train/ and test/ or val/, or of class folders alone, which are test.
 
+    Of test/ and val/, the first that has folders in it is test.
+
     Raises:
-        UserError: no such folder, no images, an empty class, or classes that differ between train and test.
+        UserError: no such folder, one that cannot be listed, no images, an empty class, or classes that differ between train
+            and test.
     """
-    if not root.is_dir():
-        raise UserError(f"there is no folder {root}: name the one that holds the images")
+    if not files.is_folder(root):
+        raise UserError(f"there is no folder {root}, or it may not be looked at: name the one that holds the images")
     train, test = _split_folders(root)
     classes, tested = _classes(test)
     trained: list[tuple[str, int]] = []
@@ -54,19 +58,25 @@ def list_images(root: Path) -> Listing:
 
 
 def _split_folders(root: Path) -> tuple[Path | None, Path]:
-    present = {name: root / name for name in ("train", "test", "val") if (root / name).is_dir()}
-    test = present.get("test", present.get("val"))
-    if "train" in present and test is None:
+    present = {name: root / name for name in ("train", "test", "val") if files.is_folder(root / name)}
+    # Images without classes in test/, as of a competition, are not to hide those of val/.
+    held_out = sorted((present[name] for name in ("test", "val") if name in present), key=lambda one: not _inside(one))
+    if "train" in present and not held_out:
         raise UserError(f"{root} has train/ but no test/ or val/ beside it: there is nothing to evaluate on")
-    return present.get("train"), test or root
+    return present.get("train"), held_out[0] if held_out else root
+
+
+def _inside(folder: Path) -> list[str]:
+    """The folders in a folder, sorted by name, but those that other programs leave behind."""
+    try:
+        return sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed: {error.strerror}") from error
 
 
 def _classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """The classes of a split and its (path, label) pairs."""
-    try:
-        classes = tuple(sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed: {error.strerror}") from error
+    classes = tuple(_inside(folder))
     for name in classes:
         if not name.isascii() and name.encode(errors="replace").decode() != name:
             raise UserError(f"{folder}: the name of the class {name!r} is not UTF-8: rename it")
@@ -82,9 +92,12 @@ def _classes(folder: Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
 
 
 def _images_below(folder: Path) -> list[str]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
     found = []
     visited = set()
-    for place, inside, names in os.walk(folder, followlinks=True):
+    for place, inside, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = os.stat(place)  # noqa: PTH116 (as below)
         if (status.st_dev, status.st_ino) in visited:
             # A link to what was walked through already, perhaps to the folder that it lies in.

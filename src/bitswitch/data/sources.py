@@ -69,6 +69,8 @@ def load_data(
         kind, root = "image_folder", name
     _check(kind, val_fraction, unreadable, download, workers)
     if kind == "digits":
+        if root is not None:
+            raise UserError(f"data.root={root}: digits come with scikit-learn; name other images by data.name={root}")
         return _digits(val_fraction)
     if root is None:
         raise UserError(f"{name}: where are the images? Say data.root=FOLDER (to evaluate: --data FOLDER)")
@@ -76,7 +78,7 @@ def load_data(
         place = Path(root).expanduser()
     except RuntimeError as error:
         raise UserError(f"data.root={root}: there is no such user's home") from error
-    if kind in _CIFAR and not (place / "train").is_dir():
+    if kind in _CIFAR and not files.is_folder(place / "train"):
         return _cifar_of_torchvision(name, place, val_fraction, download)
     try:
         kept = Cache(Path(cache).expanduser() if cache is not None else default_folder())
@@ -164,11 +166,12 @@ def _cifar_of_torchvision(name: str, root: Path, val_fraction: float, download: 
     """CIFAR as torchvision keeps it. Its files are pickles: they are opened only where their MD5 is the published one."""
     kind = _TORCHVISION[name]
     kept = root / kind.base_folder
-    if not download and not root.is_dir():
+    if not download and not files.is_folder(root):
         raise UserError(
-            f"there is no folder {root}: data.root names the one that holds {name}, data.download=true fetches it"
+            f"there is no folder {root}, or it may not be looked at: data.root names the one that holds {name}, "
+            "data.download=true fetches it"
         )
-    if not download and not kept.is_dir():
+    if not download and not files.is_folder(kept):
         raise UserError(f"{root} holds neither train/ and test/ nor {kept.name}/: data.download=true fetches it")
     try:
         with contextlib.redirect_stdout(sys.stderr):

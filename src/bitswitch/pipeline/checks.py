@@ -72,10 +72,24 @@ def check_network(run: Run, data: DataSet, stages: Sequence[str]) -> None:
     _check_logits(run, data, logits, " in training")
     _check_weights(run, data, network, images)
     if "train" in stages:
-        layers = quantized_layers(quantized(run, data, network, images=2))
-        for layer in itertools.chain.from_iterable(run.recipe.search.tied if "search" in stages else ()):
-            if layer not in layers:
-                raise UserError(f"search.tied: no layer that is quantized is named {layer!r}{nearest(layer, layers)}")
+        _check_quantized(run, data, network, tied="search" in stages)
+
+
+def check_tied(run: Run, data: DataSet) -> None:
+    """Refuse a search that ties layers that there are not, before a SuperNet is trained for it.
+
+    Raises:
+        UserError: it does.
+    """
+    if run.recipe.search.tied:
+        _check_quantized(run, data, build_network(run.recipe, data).eval(), tied=True)
+
+
+def _check_quantized(run: Run, data: DataSet, network: nn.Module, *, tied: bool) -> None:
+    layers = quantized_layers(quantized(run, data, network, images=2))
+    for layer in itertools.chain.from_iterable(run.recipe.search.tied if tied else ()):
+        if layer not in layers:
+            raise UserError(f"search.tied: no layer that is quantized is named {layer!r}{nearest(layer, layers)}")
 
 
 def _check_logits(run: Run, data: DataSet, logits: Any, when: str) -> None:

@@ -143,6 +143,7 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
     with run.directory.locked() if run.world.first else nullcontext():
         if run.world.first:
             _prepare(run, data, stages, fresh)
+        _check_shared(run)
         for stage in stages:
             _do(run, data, stage)
         return run.directory.records()
@@ -155,8 +156,10 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
             f"{run.directory.path} holds {strangers[0]} but no record of a run (stages.json): use an empty or new --out"
         )
     _check_parts(run, stages)
-    records = {} if fresh and tuple(stages) == stages_of(run.recipe) else run.directory.records()
-    forgotten = set(stages) if fresh else set()
+    from_the_start = fresh and tuple(stages) == stages_of(run.recipe)
+    forgotten = STAGES if from_the_start else stages if fresh else ()
+    # Records that are damaged are not read where all are forgotten.
+    records = {} if from_the_start else run.directory.records()
     records = {stage: record for stage, record in records.items() if stage not in forgotten}
     for stage in _needed(stages):
         _check_same(run, data, stage, records)
@@ -171,10 +174,25 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
             checks.check_batches(run, data, stage)
     if not _is_done(run, records.get("pretrain")):
         checks.check_network(run, data, stages)
+    elif "search" in stages and not _is_done(run, records.get("search")):
+        checks.check_tied(run, data)
     if "search" in stages:
         subnets.check(run, data)
     run.directory.write_records(records)
+    for stage in forgotten:
+        run.directory.rewind_metrics(stage, 0)
     files.write(run.directory.path / "config.yaml", to_yaml(run.recipe).encode())
+
+
+def _check_shared(run: Run) -> None:
+    """Refuse ranks that do not see one run directory, as on machines that each have their own."""
+    records = run.directory.path / "stages.json"
+    first = from_first(files.file_digest(records) if run.world.first else "", run.world)
+    if not files.is_file(records) or files.file_digest(records) != first:
+        raise UserError(
+            f"rank {run.world.rank} does not see what rank 0 wrote in {run.directory.path}: --out must be one folder that all "
+            "machines share"
+        )
 
 
 def _check_parts(run: Run, stages: Sequence[str]) -> None:

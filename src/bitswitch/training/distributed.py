@@ -46,18 +46,29 @@ class World:
         return self.rank == 0
 
 
+def launched() -> World:
+    """This process among those that torchrun started; alone where it started none.
+
+    Raises:
+        UserError: what says so in the environment is no number.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World()
+    try:
+        return World(*(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK are numbers that torchrun sets: {error}") from error
+
+
 def join(device_type: str) -> World:
     """Join the processes that torchrun started; alone where it started none.
 
     Raises:
         UserError: the others cannot be reached.
     """
+    world = launched()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return World()
-    try:
-        world = World(*(int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE and LOCAL_RANK are numbers that torchrun sets: {error}") from error
+        return world
     try:
         # Rank 0 may read a million files while the others wait; torchrun ends them if it dies.
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(days=1))

@@ -166,7 +166,8 @@ class Loop:
         with torch.no_grad():
             parameters = (p.abs() if p.is_complex() else p for p in self.objective.model.parameters())
             sums = torch.stack([parameter.sum(dtype=torch.float64) for parameter in parameters])
-        if len(set(gather([tuple(sums.tolist())], self.world))) > 1:
+        # As bytes, in which NaN equals itself: of a training that diverged its loss tells.
+        if len(set(gather([sums.cpu().numpy().tobytes()], self.world))) > 1:
             raise UserError(
                 f"in epoch {self.epochs_done} the ranks' weights became different ones: train a network that leaves out "
                 "layers at random, in another way on each rank, with one rank"
