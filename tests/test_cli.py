@@ -147,8 +147,8 @@ def test_a_file_system_without_locks_can_be_worked_on(monkeypatch, tmp_path):
 
 def test_ranks_that_do_not_share_the_run_directory_are_told(capsys, monkeypatch, copied):
     module = sys.modules["bitswitch.pipeline.execute"]
-    monkeypatch.setattr(module, "from_first", lambda *_: "what is in rank 0's own folder")
-    one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "--out must be one folder that all machines share")
+    monkeypatch.setattr(module, "gather", lambda own, _: [*own, "what is in another machine's own folder"])
+    one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "rank 1 does not see", "--out must be one folder")
 
 
 def test_what_torchrun_sets_says_nothing_without_torchrun(capsys, monkeypatch, copied):
@@ -203,8 +203,8 @@ def test_what_torchrun_sets_says_nothing_without_torchrun(capsys, monkeypatch, c
         (["run", "digits", "model.args={width: .inf}"], ["model.args", "give what JSON holds"]),
         (["run", "digits", "model.args={since: 2020-01-01}"], ["model.args", "give what JSON holds"]),
         (["run", "digits", "model.args={widths: {1: 16}}"], ["model.args", "give what JSON holds"]),
-        (["run", "digits", "train.alrs=off", "train.eta=paper"], ["eta is a factor of ALRS"]),
-        (["run", "digits", "data.root=images"], ["digits come with scikit-learn", "data.name=images"]),
+        (["run", "digits", "train.alrs=off", "train.eta=paper"], ["eta is a factor of ALRS", "set eta=1 with it"]),
+        (["run", "digits", "data.root=images"], ["digits come with scikit-learn: data.root=null", "data.name=images"]),
         (["run", "digits", "--device", "cuda"], ["--device cuda", "no such device"]),
         (["run", "digits", "--device", "abacus"], ["--device abacus"]),
         (["inspect", "resnet20-cifar10", "--device", "cuda:x"], ["--device cuda:x: say auto, cpu, cuda"]),
@@ -377,15 +377,18 @@ def test_our_own_fault_exits_1(capsys, monkeypatch):
     assert status == 1 and "ZeroDivisionError" in err
 
 
-def test_a_reader_of_images_that_was_killed_is_no_fault_of_ours(capsys, monkeypatch):
-    def dies():
-        os.kill(os.getpid(), signal.SIGKILL)
+def _killed(_worker):
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def read():
-        next(iter(DataLoader([0], num_workers=1, worker_init_fn=lambda _: dies())))
+
+def test_a_reader_of_images_that_was_killed_is_no_fault_of_ours(capsys, monkeypatch, tmp_path):
+    def read(*_, **__):
+        next(iter(DataLoader([0], num_workers=1, worker_init_fn=_killed)))
 
     monkeypatch.setattr("bitswitch.cli.program.recipe_names", read)
-    one_line(call(capsys, "recipes"), "a process that reads images ended (DataLoader worker", "data.workers")
+    one_line(call(capsys, "recipes"), "a process that reads images ended (DataLoader worker", "--shm-size), give more")
+    monkeypatch.setattr("bitswitch.pipeline.execute", read)
+    one_line(call(capsys, "run", "digits", "--out", tmp_path / "x"), "give more, or use fewer with data.workers")
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ from bitswitch import machine
 @pytest.mark.skipif(shutil.which("git") is None, reason="it asks git")
 def test_the_commit_is_that_of_our_own_checkout(tmp_path, monkeypatch):
     def git(*words):
-        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
         command = ["git", "-C", str(tmp_path), *identity, *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
+    for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
+        monkeypatch.delenv(name, raising=False)
     (tmp_path / "theirs.py").touch()
     (tmp_path / "machine.py").touch()
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))

@@ -1,6 +1,7 @@
 """A run directory: which stages are done, with which configuration and inputs, and the metrics so far."""
 
 import contextlib
+import errno
 import importlib
 import itertools
 import json
@@ -19,6 +20,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 
+# What a file system says that has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _OWN = (
     *("config.yaml", "metrics.jsonl", "stages.json", "scale_gradients.jsonl", "sensitivity.json", "frontier.json"),
     *("model.safetensors", "supernet.safetensors"),
@@ -86,11 +89,11 @@ class RunDirectory:
             if fcntl is not None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UserError(
-                        f"another bitswitch works in {self.path}: wait for it, or use another --out"
-                    ) from error
                 except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise UserError(
+                            f"another bitswitch works in {self.path}: wait for it, or use another --out"
+                        ) from error
                     warnings.warn(
                         f"{self.path} cannot be locked ({error.strerror}): let no other bitswitch work in it",
                         UserWarning,

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             os.dup2(nowhere.fileno(), 1)
         code = 0 if error.gone else _fail(f"cannot write to stdout: {error.reason}")
     except RuntimeError as error:
-        told = _of_another_process(error)
+        told = _of_another_process(error, given)
         code = _fault() if told is None else _fail(told)
     except Exception:
         code = _fault()
@@ -115,16 +115,17 @@ def _interrupted(given: Sequence[str]) -> str:
     return f"interrupted; the same command {fresh}goes on from the last checkpoint"
 
 
-def _of_another_process(error: RuntimeError) -> str | None:
+def _of_another_process(error: RuntimeError, given: Sequence[str]) -> str | None:
     """What to tell of a process whose end stopped this one; None where none did."""
     from bitswitch.training import distributed
 
     reason = str(error).splitlines()[0] if str(error) else ""
     # torch's own words; its handler raises wherever this process happens to be.
     if reason.startswith("DataLoader worker"):
+        fewer = ", or use fewer with data.workers, 0 for none" if given[:1] and given[0] in stages.COMMANDS else ""
         return (
             f"a process that reads images ended ({reason}): where memory or shared memory is short (/dev/shm; of a container "
-            "--shm-size), give more, or use fewer with data.workers, 0 for none"
+            f"--shm-size), give more{fewer}"
         )
     return f"another process ended: see what it said ({reason})" if distributed.is_lost_peer(error) else None
 

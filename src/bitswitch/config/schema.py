@@ -132,8 +132,9 @@ class QuantizedPart(EnginePart):
 
     @model_validator(mode="after")
     def _eta_used(self) -> "QuantizedPart":
-        if self.alrs == "off" and "eta" in self.model_fields_set and self.eta != 1:
-            raise ValueError("eta is a factor of ALRS, which alrs=off leaves out: set one of the two alone")
+        factors = set(self.eta.values()) if isinstance(self.eta, dict) else {self.eta}
+        if self.alrs == "off" and factors != {1}:
+            raise ValueError("eta is a factor of ALRS, which alrs=off leaves out: set eta=1 with it")
         return self
 
 

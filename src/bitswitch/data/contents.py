@@ -137,7 +137,9 @@ class Contents:
             stale = (found[0]["stats"] != stats).any(1) | (digests == 0).all(1)
         if stale.any():
             digests[stale] = file_digests([paths[i] for i in stale.nonzero().flatten().tolist()], self.workers)
-            self.cache.write(name, {"digests": digests, "stats": stats}, None)
+            now = {"digests": digests, "stats": stats}
+            if found is None or any(not torch.equal(now[key], found[0][key]) for key in now):
+                self.cache.write(name, now, None)
         return digests
 
 

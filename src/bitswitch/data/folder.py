@@ -59,10 +59,12 @@ def list_images(root: Path) -> Listing:
 
 def _split_folders(root: Path) -> tuple[Path | None, Path]:
     present = {name: root / name for name in ("train", "test", "val") if files.is_folder(root / name)}
-    # Images without classes in test/, as of a competition, are not to hide those of val/.
-    held_out = sorted((present[name] for name in ("test", "val") if name in present), key=lambda one: not _inside(one))
+    held_out = [present[name] for name in ("test", "val") if name in present]
     if "train" in present and not held_out:
         raise UserError(f"{root} has train/ but no test/ or val/ beside it: there is nothing to evaluate on")
+    # Images without classes in test/, as of a competition, are not to hide those of val/.
+    if len(held_out) > 1 and not _inside(held_out[0]):
+        held_out.reverse()
     return present.get("train"), held_out[0] if held_out else root
 
 

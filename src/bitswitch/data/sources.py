@@ -70,7 +70,9 @@ def load_data(
     _check(kind, val_fraction, unreadable, download, workers)
     if kind == "digits":
         if root is not None:
-            raise UserError(f"data.root={root}: digits come with scikit-learn; name other images by data.name={root}")
+            raise UserError(
+                f"data.root={root}: digits come with scikit-learn: data.root=null; data.name={root} names other images"
+            )
         return _digits(val_fraction)
     if root is None:
         raise UserError(f"{name}: where are the images? Say data.root=FOLDER (to evaluate: --data FOLDER)")

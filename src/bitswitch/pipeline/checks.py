@@ -82,7 +82,7 @@ def check_tied(run: Run, data: DataSet) -> None:
         UserError: it does.
     """
     if run.recipe.search.tied:
-        _check_quantized(run, data, build_network(run.recipe, data).eval(), tied=True)
+        _check_quantized(run, data, build(**about(run, data)["network"]).eval(), tied=True)
 
 
 def _check_quantized(run: Run, data: DataSet, network: nn.Module, *, tied: bool) -> None:

@@ -16,7 +16,7 @@ from bitswitch.errors import UserError
 from bitswitch.pipeline import checks, subnets, training
 from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, open_data
 from bitswitch.rundir import RunDirectory, changes
-from bitswitch.training.distributed import barrier, from_first
+from bitswitch.training.distributed import barrier, from_first, gather
 from bitswitch.training.loop import seed_all
 
 
@@ -186,11 +186,14 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
 
 def _check_shared(run: Run) -> None:
     """Refuse ranks that do not see one run directory, as on machines that each have their own."""
+    barrier()
     records = run.directory.path / "stages.json"
-    first = from_first(files.file_digest(records) if run.world.first else "", run.world)
-    if not files.is_file(records) or files.file_digest(records) != first:
+    # Rank 0 writes on when it has what all of them saw.
+    seen = gather([files.file_digest(records) if files.is_file(records) else ""], run.world)
+    if len(set(seen)) > 1:
+        others = [rank for rank, one in enumerate(seen) if one != seen[0]]
         raise UserError(
-            f"rank {run.world.rank} does not see what rank 0 wrote in {run.directory.path}: --out must be one folder that all "
+            f"rank {others[0]} does not see what rank 0 wrote in {run.directory.path}: --out must be one folder that all "
             "machines share"
         )
 
