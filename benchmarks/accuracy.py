@@ -183,9 +183,9 @@ def do(job: str, places: Places) -> None:
     schedule, variant, seed = parts(job)
     print(f"{job}: begins or goes on", flush=True)
     run = places.work / job
-    commits = _and_before(places.work / f"{job}.commits", result.commit() or "unknown")
+    commits = and_before(places.work / f"{job}.commits", result.commit() or "unknown")
     # Stages take a GPU where there is one.
-    machines = _and_before(places.work / f"{job}.machines", json.dumps(machine(choose_device("auto"))))
+    machines = and_before(places.work / f"{job}.machines", json.dumps(machine(choose_device("auto"))))
     floats = schedule == "float"
     document = _float(run, seed, places) if floats else _quantized(run, SCHEDULES[schedule], variant, seed, places)
     words = f"python benchmarks/accuracy.py {job} --data CIFAR_FOLDER"
@@ -206,7 +206,7 @@ def do(job: str, places: Places) -> None:
     print(f"{job}: {path} is written", flush=True)
 
 
-def _and_before(path: Path, now: str) -> list[str]:
+def and_before(path: Path, now: str) -> list[str]:
     """All lines of a file of what worked on a job, commits or machines, `now` the last of them."""
     known = path.read_text().splitlines() if path.exists() else []
     if known[-1:] != [now]:

@@ -50,7 +50,7 @@ def main() -> None:
     found: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in options.variants}
     for seed in range(options.seeds):
         base = options.work / f"float-{seed}"
-        bitswitch("pretrain", "digits", "--seed", str(seed), "--out", str(base))
+        bitswitch("pretrain", "digits", "--seed", str(seed), "--out", str(base), "--fresh")
         for name in options.variants:
             run = options.work / f"{name.replace(' ', '_')}-{seed}"
             shutil.rmtree(run, ignore_errors=True)

@@ -30,6 +30,8 @@ def scores(seed: int, out: Path, *overrides: str) -> dict[str, float]:
         str(seed),
         "--out",
         str(out),
+        # What an earlier commit left there is not this one's.
+        "--fresh",
         "--json",
     ]
     document = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

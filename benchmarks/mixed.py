@@ -79,6 +79,7 @@ def do(job: str, places: accuracy.Places) -> None:
             sys.exit(f"{needed} is not there: do {joint} first, with accuracy.py and the same --work and --results")
     before = files.read_json(places.results / f"{joint}.json")
     run = places.work / f"mixed-{job}"
+    commits = accuracy.and_before(places.work / f"mixed-{job}.commits", result.commit() or "unknown")
     seed, split = before["seeds"][0], before["split"].split(", ")[-1]
     words = _words(way, before, places)
     # Of the float network, so of all ways.
@@ -104,6 +105,8 @@ def do(job: str, places: accuracy.Places) -> None:
         command=f"python benchmarks/mixed.py {job} --data CIFAR_FOLDER",
         note=f"Float: {float_top1:.2f} on {split}. Widths: a digit for each layer, in the order of the network.",
         overrides=list(words),
+        commit=commits[0],
+        commits=commits,
         machine=machine(DEVICE),
         **found,
     )

@@ -212,7 +212,7 @@ def show(rows: list[list[Any]]) -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=15, help="float and quantized steps timed, at least 2")
+    parser.add_argument("--pairs", type=int, default=15, help="float and quantized steps timed, at least 6")
     parser.add_argument("--networks", nargs="+", choices=IMAGE, default=["cifar_resnet20", "resnet18"])
     parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--cifar-batch", type=int, default=128)
@@ -225,8 +225,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny batches and images: does it run, not how fast")
     parser.add_argument("--json", type=Path, metavar="PATH")
     options = parser.parse_args()
-    if options.pairs < 2:
-        parser.error("--pairs: at least 2, or there is no spread")
+    if options.pairs < 6:
+        parser.error("--pairs: at least 6, or there is no 95 % interval")
     return options
 
 

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,8 @@ def test_what_torchrun_sets_says_nothing_without_torchrun(capsys, monkeypatch, c
             ["https://example.org/m.safetensors", "bitswitch.load reads URLs"],
         ),
         (["recipes", "show", "digit"], ["did you mean 'digits'"]),
+        (["recipes", "--json", "show", "digits"], ["recipes show are given behind its name"]),
+        (["recipes", "--seed", "7", "show", "digits"], ["recipes show are given behind its name"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -278,6 +281,9 @@ def test_a_file_that_is_cut_off_is_evaluated_at_the_widths_that_it_holds(capsys,
     mixed = path.with_name("mixed.json")
     mixed.write_text(json.dumps(dict.fromkeys(bs.widths(bs.load(path, bits=2)), 8)))
     one_line(call(capsys, "evaluate", path, "--assignment", mixed), "8 bits are not loaded")
+    named_otherwise = path.with_name("model.cut")
+    shutil.copy(path, named_otherwise)
+    assert call(capsys, "evaluate", named_otherwise, "--json")[0] == 0
     planes = artifact.plane_bytes([layer.shape for layer in artifact.read_header(path).layers])
     path.write_bytes(whole[: -6 * planes])
     one_line(call(capsys, "evaluate", path), "serves no width")
@@ -359,6 +365,13 @@ def test_json_goes_alone_to_stdout(capsys, done, tmp_path):
     header, tensors = artifact.read(done / "model.safetensors")
     assert document["code_bytes"] + document["other_bytes"] == sum(t.nbytes for t in tensors.values())
     assert [layer["name"] for layer in document["layers"]] == [layer.name for layer in header.layers]
+
+
+def test_names_in_a_file_do_not_steer_the_terminal(capsys, tmp_path):
+    network = torch.nn.Sequential(OrderedDict((name, torch.nn.Linear(4, 4)) for name in ("a", "b\x1b[31m", "c")))
+    bs.save(bs.quantize(network, example_inputs=torch.ones(2, 4)), tmp_path / "m")
+    status, out, _ = call(capsys, "inspect", tmp_path / "m")
+    assert status == 0 and "b?[31m" in out and "\x1b" not in out
 
 
 def test_tables_are_readable(capsys, done):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from bitswitch.errors import UserError, nearest
@@ -49,7 +50,11 @@ class Assignment(Mapping[str, int]):
         return cls(tuple((name, int(width)) for name, width in merged.items()))
 
     def __getitem__(self, name: str) -> int:
-        return dict(self.items_)[name]
+        return self._widths[name]
+
+    @cached_property
+    def _widths(self) -> dict[str, int]:
+        return dict(self.items_)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self.items_)

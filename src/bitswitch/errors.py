@@ -2,10 +2,14 @@
 
 import difflib
 import importlib
+import itertools
 import math
 from collections.abc import Collection, Iterable
 from numbers import Real
 from types import ModuleType
+
+_LONGEST_WORD = 100
+_MOST_WORDS = 10_000
 
 
 class UserError(ValueError):
@@ -14,7 +18,10 @@ class UserError(ValueError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A phrase that names the known word nearest to `name`, or the empty string where none is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    # Of what a hostile file holds, comparing could take hours.
+    if len(name) > _LONGEST_WORD:
+        return ""
+    matches = difflib.get_close_matches(name, itertools.islice(known, _MOST_WORDS), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -70,6 +70,7 @@ def test_no_frontier():
         ({"assignment": {"a": 8, "b": 3}}, "3 bits"),
         ({"assignment": {"a": 8, "b": True}}, "True bits"),
         ({"damage": float("nan")}, "finite"),
+        ({"damage": 10**400}, "finite"),
         ({"cost": {"bits": "4"}}, "finite"),
         ({"cost": None}, "lacks its"),
     ],

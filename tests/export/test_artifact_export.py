@@ -1,5 +1,6 @@
 import copy
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -7,12 +8,14 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import bitswitch as bs
 from bitswitch import artifact, codes
 from bitswitch.errors import UserError
 from bitswitch.export import add_graph
 from bitswitch.nn import freeze, quantized_layers
+from bitswitch.training import Engine
 
 PLANES = {f"plane.{i}" for i in range(8)}
 
@@ -429,7 +432,15 @@ def test_a_fixed_width_can_be_compiled(loaded, images, grad):
 def test_a_network_far_greater_than_its_file_is_not_built(tmp_path):
     model = bs.quantize(bs_resnet(), example_inputs=torch.randn(2, 3, 32, 32))
     bs.save(model, tmp_path / "a", network={"name": "cifar_resnet20", "args": {"num_classes": 10**13}})
-    with pytest.raises(UserError, match=r"of 650\d+ parameters, and holds"):
+    with pytest.raises(UserError, match=r"of 640\d+ parameters, and holds"):
+        bs.load(tmp_path / "a")
+    # This one cannot be built without values.
+    bs.save(model, tmp_path / "a", network={"name": "regnet_y_400mf", "args": {"num_classes": 10**6}})
+    with pytest.raises(UserError, match=r"of 4\d{8} parameters, and holds"):
+        bs.load(tmp_path / "a")
+    blocks = [[1, 8, 10**6, 1]]
+    bs.save(model, tmp_path / "a", network={"name": "mobilenet_v2", "args": {"inverted_residual_setting": blocks}})
+    with pytest.raises(UserError, match="parameters, and holds"):
         bs.load(tmp_path / "a")
     bs.save(model, tmp_path / "a", network={"name": "cifar_resnet20", "args": {}})
     assert bs.load(tmp_path / "a")
@@ -454,6 +465,68 @@ def test_memory_is_used_again_only_where_nobody_can_hold_it(loaded, images):
             bs.switch(loaded, width)
             loaded(images)
     assert torch.equal(lent, before) and torch.equal(traced(images), expected)
+
+
+def test_a_weight_that_another_thread_computes_with_is_left_alone(loaded):
+    layer, held = loaded.conv2, []
+    # As a forward without gradients takes it.
+    thread = threading.Thread(target=lambda: held.append(layer._weight(8, lent=False)))
+    thread.start()
+    thread.join()
+    before = held[0].clone()
+    for width in (4, 8, 2):
+        layer._weight(width, lent=False)
+    assert torch.equal(held[0], before)
+
+
+def test_a_loaded_model_is_run_by_an_engine_that_compiles(loaded, images, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    with torch.no_grad():
+        assert torch.equal(Engine(compile=True).forward_of(loaded)(images), loaded(images))
+
+
+def test_codes_that_come_and_go_are_not_taken_for_each_other(loaded, images):
+    loaded.requires_grad_(False)
+    shape, draw = loaded.conv2.codes.shape, torch.Generator().manual_seed(0)
+    variants = [torch.randint(-128, 128, shape, generator=draw, dtype=torch.int8) for _ in range(8)]
+    with torch.no_grad():
+        found = [
+            torch.func.functional_call(loaded, {"conv2.codes": one.clone()}, (images,))
+            for one in variants
+            for _ in "ab"
+        ]
+        for one, *outputs in zip(variants, found[::2], found[1::2], strict=True):
+            other = copy.deepcopy(loaded)
+            other.conv2.codes = one
+            assert all(torch.equal(output, other(images)) for output in outputs)
+
+
+@pytest.mark.parametrize("kind", ["pruned", "weight_norm", "spectral_norm"])
+def test_a_weight_that_is_computed_from_others_is_not_stored(tmp_path, network, images, kind):
+    model = bs.quantize(network, example_inputs=images)
+    if kind == "pruned":
+        prune.l1_unstructured(model.conv2, "weight", 0.5)
+    else:
+        getattr(torch.nn.utils.parametrizations, kind)(model.conv2)
+    with pytest.raises(UserError, match="the weight of 'conv2' is computed from others"):
+        bs.save(model, tmp_path / "a")
+    with pytest.raises(UserError, match=r"the weight of this .*Conv2d is computed from others"):
+        freeze(model)
+    assert not list(tmp_path.iterdir())
+    if kind == "pruned":
+        prune.remove(model.conv2, "weight")
+    else:
+        torch.nn.utils.parametrize.remove_parametrizations(model.conv2, "weight")
+    bs.save(model, tmp_path / "a")
+    assert torch.equal(bs.load(tmp_path / "a", model=network)(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_outlast_half_precision(tmp_path, loaded, dtype):
+    bs.save(loaded.to(dtype), tmp_path / "b")
+    ours, theirs = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+    scales = [name for name in ours if "scale" in name or "offset" in name]
+    assert scales and all(np.array_equal(ours[name], theirs[name]) for name in scales)
 
 
 def another(network, images, path):

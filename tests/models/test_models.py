@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bitswitch.errors import UserError
-from bitswitch.models import build
+from bitswitch.models import build, without_weights
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,13 @@ def test_cifar_resnets_have_the_published_counts(depth, parameters):
     model = build(f"cifar_resnet{depth}")
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sum(isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)) for m in model.modules()) == depth
+
+
+def test_without_weights_none_are_fetched():
+    args = {"weights": "DEFAULT", "num_classes": 2}
+    assert without_weights("resnet18", args) == without_weights("cifar_resnet20", args) == {"num_classes": 2}
+    # Where none are named, this one fetches those of its backbone.
+    assert without_weights("fcn_resnet50", args) == {"num_classes": 2, "weights_backbone": None}
 
 
 def test_option_b_projects():

@@ -740,6 +740,34 @@ def test_inputs_and_layers_that_have_no_scale(make, inputs, words):
         bs.quantize(make(), example_inputs=inputs)
 
 
+def test_attention_whose_weights_are_computed_stays_float():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    weight_norm(attention.out_proj)
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model.self_attn = attention
+    with pytest.warns(UserWarning, match=r"self_attn \(attention with .* or weights that are computed\)"):
+        assert bs.quantize(model, example_inputs=torch.randn(4, 3, 8), keep_first_last=False, keep=None)
+
+
+def test_a_network_that_reads_its_batch_normalization_finds_that_of_the_width(images):
+    class Gated(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1](self[0](x)) * self[1].weight.abs().mean() + self[1].running_mean.sum())
+
+    gated = Gated(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3))
+    model = bs.quantize(gated, example_inputs=images, keep_first_last=False).eval()
+    with torch.no_grad():
+        model[1].variants["4"].weight.mul_(0.5)
+    found = {}
+    for width in (8, 4):
+        bs.switch(model, width)
+        model(images)
+        found[width] = (model[1].weight, model[1].eps)
+    assert found == {width: (model[1].variants[str(width)].weight, 1e-5) for width in (8, 4)}
+    with pytest.raises(AttributeError, match="no attribute 'wieght'"):
+        _ = model[1].wieght
+
+
 @pytest.fixture(params=["compiled", "data parallel", "distributed"])
 def wrap(request):
     """What a network is wrapped in to run fast or on several devices."""

@@ -125,6 +125,9 @@ def test_a_long_schedule_is_held_against_trainings_of_as_many_epochs():
     assert f"| {OURS}-twice-as-long | paper | 0, 1 | val, last epoch | 4.50 ± 0.71 | 4.50 ± 0.71 |" in told
     (on_val,) = (one for one in tables if one.startswith("**long, 4 epochs, bits 8, 2: on val"))
     assert len([line for line in on_val.splitlines() if line.startswith(("| paper |", f"| {OURS}"))]) == 2
+    longer = [training(f"{OURS}-twice-as-long", 0, top1=95.0, drop=1.0, schedule="long", epochs=8)]
+    (both,) = (one for one in accuracy_tables(runs + longer) if one.startswith("**long, 4/8 epochs, bits 8, 2: on val"))
+    assert f"| {OURS}-twice-as-long | " in both and f"| {OURS}-twice-as-long, 4 epochs | " in both
     # They stay where they were, too.
     (decided,) = (one for one in tables if one.startswith("**decide, 2/4 epochs, bits 8, 2: on val"))
     assert f"| {OURS}-twice-as-long |" in decided and "| paper |" in decided

@@ -251,7 +251,7 @@ def test_measured_damage_changes_one_layer_at_a_time(model):
 
     table = measured_damage(model, score)
     assert table["main"] == {8: 0.0, 4: 4.0, 2: 6.0} and table["side"] == {8: 0.0, 4: 4.0, 2: -4.0}
-    assert all(sum(width != 8 for width in one.values()) <= 1 for one in asked)
+    assert all(sum(width != 8 for width in one.values()) <= 1 for one in asked) and len(set(asked)) == len(asked) == 7
 
 
 def genetic_problem():

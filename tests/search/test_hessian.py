@@ -568,3 +568,10 @@ def test_a_compiled_network_is_traced_by_its_own_names():
     model, loss_fn, batches, _ = case("relu")
     compiled = hessian_trace(torch.compile(model, backend="eager"), loss_fn, batches, target=None, probes=4)
     assert compiled == hessian_trace(model, loss_fn, batches, target=None, probes=4)
+
+
+def test_where_new_tensors_lie_by_default_does_not_matter():
+    model, loss_fn, batches, _ = case("softplus")
+    expected = hessian_trace(model, loss_fn, batches, target=None, probes=4)
+    with torch.device("meta"):
+        assert hessian_trace(model, loss_fn, batches, target=None, probes=4) == expected

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from bitswitch import files
-from bitswitch.artifact.container import DTYPES, MOST_TABLE_BYTES, Entry
+from bitswitch.artifact.container import DTYPES, MOST_TABLE_BYTES, Entry, metadata, read_table
 from bitswitch.artifact.header import KEY, Header, tensor_name
 from bitswitch.artifact.layout import GRAPH, Located, check_reach, locate, plane_name, reserved
 from bitswitch.artifact.planes import pack, unpack
@@ -114,6 +114,12 @@ def is_artifact(path: str | Path, *, unreadable: bool) -> bool:
         with safe_open(path, framework="numpy") as stream:
             return KEY in (stream.metadata() or {})
     except (OSError, SafetensorError):
+        pass
+    try:
+        # Of one that is cut off the table may be whole.
+        with opened(path) as source:
+            return metadata(read_table(source)[0], KEY) is not None
+    except (UserError, Damaged):
         return unreadable
 
 

@@ -36,9 +36,17 @@ def check_choice(choice: Any, layers: Collection[str], widths: Collection[int]) 
             )
     if missing := sorted(set(layers) - set(assignment)):
         raise UserError(f"a choice of the frontier lacks layer {missing[0]!r}")
-    if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+    if not all(map(_is_finite, numbers)):
         raise UserError("a choice of the frontier holds a cost, damage or top1 that is no finite number")
     return choice
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return type(number) in (int, float) and math.isfinite(number)
+    except OverflowError:
+        # A whole number beyond all floats.
+        return False
 
 
 def within_budget(frontier: Sequence[Mapping[str, Any]], budget: str, highest: int | None = None) -> Mapping[str, Any]:

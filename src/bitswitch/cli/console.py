@@ -18,6 +18,11 @@ from bitswitch import files
 Part = TypeVar("Part")
 
 
+def printable(text: str) -> str:
+    """Without what would steer a terminal, as the names in somebody's file may."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 class StdoutRefused(Exception):
     """What a command found cannot be written to stdout.
 

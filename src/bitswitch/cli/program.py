@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 
 from bitswitch.cli import artifacts, stages
-from bitswitch.cli.console import StdoutRefused, emit, errors, output
+from bitswitch.cli.console import StdoutRefused, emit, errors, output, printable
 from bitswitch.cli.words import Device, Json, Overrides, RecipeName, Report, Seed
 from bitswitch.config import load_recipe, recipe_names, to_yaml
 from bitswitch.errors import UserError
@@ -45,7 +45,10 @@ def recipes(
     context: typer.Context, json_: Json = False, device: Device = "auto", seed: Seed = None, out: Report = None
 ) -> None:
     """List the built-in recipes."""
-    if context.invoked_subcommand is None:
+    if context.invoked_subcommand is not None:
+        if json_ or device != "auto" or seed is not None or out is not None:
+            raise UserError(f"options of bitswitch recipes {context.invoked_subcommand} are given behind its name")
+    else:
         names = recipe_names()
         emit({"recipes": names}, json_, lambda: output.print("\n".join(names)), out and out / "recipes.json")
 
@@ -137,6 +140,5 @@ def _fault() -> int:
 
 
 def _fail(message: str) -> int:
-    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(message.split()))
-    errors.print(f"bitswitch: {line}")
+    errors.print(f"bitswitch: {printable(' '.join(message.split()))}")
     return 2

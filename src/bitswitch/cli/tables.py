@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bitswitch.cli.console import errors, output
+from bitswitch.cli.console import errors, output, printable
 
 
 def score_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
@@ -89,7 +89,7 @@ def show_file(document: dict[str, Any]) -> None:
         table.add_column(column, overflow="fold")
     for layer in document["layers"]:
         errors_ = [f"{layer['squared_error'][str(w)]:.4g}" for w in document["widths"]]
-        table.add_row(layer["name"], "x".join(map(str, layer["shape"])), layer["input"], *errors_)
+        table.add_row(printable(layer["name"]), "x".join(map(str, layer["shape"])), layer["input"], *errors_)
     output.print(table)
     sizes = f"{document['code_bytes']:,} of integer codes, {document['other_bytes']:,} of other tensors"
     sizes += f", {document['graph_bytes']:,} of the graph" if document["graph_bytes"] else ""
@@ -98,7 +98,7 @@ def show_file(document: dict[str, Any]) -> None:
         output.print(f"cut off: it serves {document['held'][0]} bits at most")
     output.print(f"network: {json.dumps(document['network'])}")
     for i, choice in enumerate(document["choices"]):
-        costs = ", ".join(f"{name} {value:,.6g}" for name, value in choice["cost"].items())
+        costs = ", ".join(f"{printable(name)} {value:,.6g}" for name, value in choice["cost"].items())
         output.print(f"choice #{i}: {costs}")
     for width, report in document.get("graph", {}).items():
         kinds = (
@@ -106,7 +106,7 @@ def show_file(document: dict[str, Any]) -> None:
         )
         output.print(f"graph at {width} bits: {kinds}")
     for key, value in document["provenance"].items():
-        output.print(f"{key}: {json.dumps(value)}")
+        output.print(f"{printable(key)}: {json.dumps(value)}")
 
 
 def show_exported(path: Path, document: dict[str, Any]) -> None:

@@ -184,6 +184,7 @@ def _row(choice: Any) -> Mapping[str, Any]:
 
 
 def _entry(name: str, layer: QuantizedLayer, plan: Plan) -> artifact.LayerEntry:
+    layer.check_weight(repr(name))
     if layer.weight is not None and not bool(layer.weight.isfinite().all()):
         raise UserError(f"the weight of {name!r} holds values that are not finite: the training diverged")
     return artifact.LayerEntry(

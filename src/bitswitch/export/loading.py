@@ -1,15 +1,18 @@
 """`load` and `upgrade`: an artifact to its torch model, the codes equal to the last bit."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bitswitch import artifact
 from bitswitch.artifact import tensor_name
@@ -17,7 +20,7 @@ from bitswitch.assignment import Assignment
 from bitswitch.codes import bits_read
 from bitswitch.errors import UserError, check_number
 from bitswitch.export.tensors import fill
-from bitswitch.models import build, is_trusted
+from bitswitch.models import build, is_trusted, without_weights
 from bitswitch.nn import Plan, apply, quantized_layers, switch
 
 
@@ -192,18 +195,43 @@ def _network(located: artifact.Located, model: Any) -> nn.Module:
 
 def _built(located: artifact.Located, name: str, args: Mapping[str, Any]) -> nn.Module:
     """The network by name; arguments that ask for a far greater one than the file holds are refused before it is made."""
-    if is_trusted(name):
-        # Trained weights are no part of the architecture, and would be fetched to be thrown away.
-        args = {key: value for key, value in args.items() if key != "weights"}
-        try:
-            with torch.device("meta"):
-                asked = sum(parameter.numel() for parameter in build(name, args).parameters())
-        except UserError:
-            # Some networks compute with values while they are built, which meta tensors do not have. Bad arguments are told
-            # of when it is built in earnest.
-            asked = 0
-        stored = sum(math.prod(entry.shape) for entry in located.entries.values() if entry.dtype != "U8")
-        stored += sum(math.prod(layer.shape) for layer in located.header.layers)
-        if asked > stored:
-            raise UserError(f"{located.path} names a {name!r} of {asked} parameters, and holds {stored}")
-    return build(name, args)
+    if not is_trusted(name):
+        return build(name, args)
+    # Trained weights are no part of the architecture, and would be fetched to be thrown away.
+    args = without_weights(name, args)
+    stored = sum(math.prod(entry.shape) for entry in located.entries.values() if entry.dtype != "U8")
+    stored += sum(math.prod(layer.shape) for layer in located.header.layers)
+    refused = f"{located.path} names a {name!r} of {{}} parameters, and holds {stored}"
+    # It is made twice, and some networks throw parts away while they are made.
+    with _stopped_above(4 * stored + 2**24, refused):
+        # Some compute with values, which meta tensors do not have. Bad arguments are told of when it is built in earnest.
+        with contextlib.suppress(UserError), torch.device("meta"):
+            asked = sum(parameter.numel() for parameter in build(name, args).parameters())
+            if asked > stored:
+                raise _TooGreat(asked)
+        return build(name, args)
+
+
+class _TooGreat(BaseException):
+    """More parameters than were expected; no Exception, which `build` would tell of as the network's own."""
+
+
+@contextlib.contextmanager
+def _stopped_above(most: int, refused: str) -> Iterator[None]:
+    """End what builds a network in this thread with `refused`, the number put in, once it has made so many parameters."""
+    me, made = threading.get_ident(), 0
+
+    def count(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        if parameter is not None and threading.get_ident() == me:
+            made += parameter.numel()
+            if made > most:
+                raise _TooGreat(made)
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    except _TooGreat as error:
+        raise UserError(refused.format(error)) from None
+    finally:
+        hook.remove()

@@ -1,7 +1,7 @@
 """Networks: the CIFAR ResNets, and any other by name."""
 
 from bitswitch.models.cifar_resnet import CifarResNet, cifar_resnet
-from bitswitch.models.registry import build, is_trusted
+from bitswitch.models.registry import build, is_trusted, without_weights
 from bitswitch.models.weights import load_weights, read_weights
 
-__all__ = ["CifarResNet", "build", "cifar_resnet", "is_trusted", "load_weights", "read_weights"]
+__all__ = ["CifarResNet", "build", "cifar_resnet", "is_trusted", "load_weights", "read_weights", "without_weights"]

@@ -1,6 +1,7 @@
 """Networks by name."""
 
 import importlib
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,17 @@ _OWN = [f"cifar_resnet{depth}" for depth in (8, 20, 32, 44, 56, 110)]
 def is_trusted(name: str) -> bool:
     """Whether building the network runs no code but this package's and torchvision's."""
     return ":" not in name
+
+
+def without_weights(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for `build` that give the same architecture, and fetch no trained weights for it."""
+    found = {key: value for key, value in args.items() if key not in ("weights", "weights_backbone")}
+    # Detection and segmentation fetch those of the backbone unless they are told not to.
+    if name in torchvision.models.list_models():
+        builder = torchvision.models.get_model_builder(name)
+        if "weights_backbone" in inspect.signature(builder).parameters:
+            found["weights_backbone"] = None
+    return found
 
 
 def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:

@@ -1,6 +1,8 @@
 """Float weights that were made from integer codes, and are kept while their width is in use."""
 
+import threading
 from contextlib import nullcontext
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ class KeptWeights:
 
     def __init__(self, most: int = 1) -> None:
         self.most = most
+        self._threads: set[int] = set()
         self.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -31,7 +34,8 @@ class KeptWeights:
         """Drop all."""
         self._weights: dict[int, Tensor] = {}
         self._lent: set[int] = set()
-        self._made_of: tuple[int, ...] = ()
+        self._made_of: tuple[Tensor, Tensor] | None = None
+        self._versions = (0, 0)
 
     def at(self, codes: Tensor, quantizer: WeightQuantizer, width: int, dtype: torch.dtype, *, lent: bool) -> Tensor:
         """`narrow(codes) * 2^(h-l) * s_h`, kept or made now.
@@ -48,10 +52,12 @@ class KeptWeights:
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not self.most or tracing or parameter.requires_grad:
             return _dequantized(codes, quantizer.scale(), quantizer.high, width, dtype)
-        made_of = (id(codes), _version(codes), id(parameter), _version(parameter))
-        if made_of != self._made_of:
+        self._threads.add(threading.get_ident())
+        # The tensors themselves: another could be given the address of one that is gone.
+        made_of, versions = (codes, parameter), (_version(codes), _version(parameter))
+        if self._made_of is None or not all(map(is_, made_of, self._made_of)) or versions != self._versions:
             self.clear()
-            self._made_of, self._scale = made_of, quantizer.scale()
+            self._made_of, self._versions, self._scale = made_of, versions, quantizer.scale()
         weight = self._weights.pop(width, None)
         if weight is None:
             # In inference mode the weight would be one that no later backward to an input may use.
@@ -71,8 +77,8 @@ class KeptWeights:
         while len(self._weights) >= self.most:
             width = next(iter(self._weights))
             dropped = self._weights.pop(width)
-            # On a GPU torch keeps memory anyway, and another stream may still read this.
-            if width in self._lent or not dropped.is_cpu:
+            # Another thread may be computing with it. On a GPU torch keeps memory anyway, and another stream may read this.
+            if width in self._lent or len(self._threads) > 1 or not dropped.is_cpu:
                 dropped = None
             self._lent.discard(width)
         return dropped

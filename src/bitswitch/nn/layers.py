@@ -144,6 +144,18 @@ class QuantizedLayer(nn.Module):
                 f"bitswitch.upgrade(model, bits={width}) reads the rest"
             )
 
+    def check_weight(self, name: str) -> None:
+        """Refuse a weight that a hook or a parametrization computes from others, which codes in its place would leave there.
+
+        Raises:
+            UserError: it is one; it names the layer as `name`.
+        """
+        if self.codes is None and not isinstance(self._parameters.get("weight"), nn.Parameter):
+            raise UserError(
+                f"the weight of {name} is computed from others, as by pruning or a parametrization: make it one parameter "
+                "again, by torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+            )
+
     @torch.no_grad()
     def stored_codes(self) -> Tensor:
         """The codes of the highest width: int8, the shape of the weight.
@@ -178,7 +190,12 @@ class QuantizedLayer(nn.Module):
         self.kept.clear()
 
     def freeze(self) -> None:
-        """Hold the codes of the highest width, and drop the float weight."""
+        """Hold the codes of the highest width, and drop the float weight.
+
+        Raises:
+            UserError: something computes that weight; see `check_weight`.
+        """
+        self.check_weight(f"this {type(self).__name__}")
         if self.codes is None:
             self.store(self.stored_codes(), self.squared_errors())
 
@@ -216,7 +233,7 @@ class MultiheadAttention(nn.Module):
     """An equal of nn.MultiheadAttention whose projections are layers that are called, so that they can be quantized.
 
     nn.MultiheadAttention hands its weights to one function and calls no layer. Not covered, and refused by `supports`:
-    kdim or vdim that differ from embed_dim, add_bias_kv, add_zero_attn.
+    kdim or vdim that differ from embed_dim, add_bias_kv, add_zero_attn, weights that are computed from others.
     """
 
     # What torch's encoder layers look at before they take a fused path that would read float weights and pass us by.
@@ -240,7 +257,8 @@ class MultiheadAttention(nn.Module):
     @staticmethod
     def supports(attention: nn.MultiheadAttention) -> bool:
         """Whether this class can stand in for `attention`."""
-        return attention.in_proj_weight is not None and attention.bias_k is None and not attention.add_zero_attn
+        plain = (attention._parameters.get("in_proj_weight"), attention.out_proj._parameters.get("weight"))
+        return all(one is not None for one in plain) and attention.bias_k is None and not attention.add_zero_attn
 
     def forward(
         self,

@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
 from bitswitch.nn.layers import QuantizedLayer
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+_READ = frozenset({"weight", "bias", "running_mean", "running_var", "eps", "momentum", "num_features"})
 
 
 class SwitchableBatchNorm(nn.Module):
@@ -27,6 +30,13 @@ class SwitchableBatchNorm(nn.Module):
         self._follows = (follows,)
         self.variants = nn.ModuleDict({key: copy.deepcopy(norm) for key in self._keys()})
         self.train(norm.training)
+
+    def __getattr__(self, name: str) -> Any:
+        # A network may read the tensors of its normalization itself.
+        if name not in _READ:
+            return super().__getattr__(name)
+        variants: Any = super().__getattr__("variants")
+        return getattr(variants[self.key], name)
 
     @property
     def follows(self) -> QuantizedLayer:

@@ -73,7 +73,7 @@ def replace_attention(model: nn.Module) -> dict[str, str]:
             elif MultiheadAttention.supports(module):
                 become(module, MultiheadAttention(module))
             else:
-                refused[name] = "attention with kdim, vdim, add_bias_kv or add_zero_attn"
+                refused[name] = "attention with kdim, vdim, add_bias_kv, add_zero_attn or weights that are computed"
         if isinstance(module, nn.TransformerEncoderLayer):
             # In eval the fused path reads linear1.weight and linear2.weight itself; this flag is its condition alone.
             module.activation_relu_or_gelu = 0

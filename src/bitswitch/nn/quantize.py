@@ -137,12 +137,12 @@ def _can_be_swapped(module: nn.Module) -> bool:
     return type(module) in QUANTIZED and own_weight and not has_other_forward(module)
 
 
-def _matching(patterns: Sequence[str], named: Mapping[str, nn.Module]) -> set[str]:
+def _matching(patterns: Sequence[str] | None, named: Mapping[str, nn.Module]) -> set[str]:
     """The modules that a name or pattern names, and all that is inside them."""
     if isinstance(patterns, str):
         patterns = (patterns,)
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in patterns or ():
         if not isinstance(pattern, str):
             raise UserError(
                 f"keep holds a {type(pattern).__name__}: name layers, or give patterns such as 'blocks.*.fc1'"

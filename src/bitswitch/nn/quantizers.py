@@ -53,6 +53,15 @@ class Quantizer(nn.Module):
         """The highest width, that of the stored codes."""
         return self.widths[0]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # Scales are single precision at least, of a network in half precision too: what is stored and learned is not rounded.
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            halved = made.is_floating_point() and made.element_size() < min(4, tensor.element_size())
+            return tensor.to(made.device) if halved else made
+
+        return super()._apply(moved, recurse)
+
     def numbers(self, width: int) -> tuple[int | float, ...]:
         """What tells a width apart in `quantize`, beside its parameters."""
         raise NotImplementedError

@@ -75,8 +75,12 @@ def by_widths(results: Sequence[_Result]) -> dict[tuple[str, tuple[int, ...]], l
             groups.setdefault(key, []).extend(runs)
     for (schedule, bits), group in groups.items():
         if schedule == "long":
-            epochs = {run["epochs"] for run in group}
-            group += [run for run in own.get(("decide", bits), []) if run["epochs"] in epochs]
+            epochs, long = {run["epochs"] for run in group}, {run["variant"] for run in group}
+            for run in own.get(("decide", bits), []):
+                if run["epochs"] in epochs:
+                    # The same way for longer may be here, too.
+                    name = f"{run['variant']}, {run['epochs']} epochs" if run["variant"] in long else run["variant"]
+                    group.append({**run, "variant": name})
     return groups
 
 

@@ -64,9 +64,10 @@ def measured_damage(model: nn.Module, score: Callable[[Sequence[Assignment]], Se
     """
     layers = quantized_layers(model)
     highest = {name: layer.widths[0] for name, layer in layers.items()}
-    trials = [(name, width) for name, layer in layers.items() for width in layer.widths]
-    found = score([Assignment(tuple((highest | {name: width}).items())) for name, width in trials])
-    table: dict[str, dict[int, float]] = {name: {} for name in layers}
+    trials = [(name, width) for name, layer in layers.items() for width in layer.widths[1:]]
+    lowered = [highest | {name: width} for name, width in trials]
+    best, *found = score([Assignment(tuple(widths.items())) for widths in (highest, *lowered)])
+    table = {name: {width: 0.0} for name, width in highest.items()}
     for (name, width), value in zip(trials, found, strict=True):
-        table[name][width] = found[0] - value
+        table[name][width] = best - value
     return table

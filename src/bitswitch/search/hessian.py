@@ -154,13 +154,13 @@ def _visit(
 ) -> None:
     """Do the jobs on this rank's share of the batches, and add to the tallies what all ranks found."""
     keys = [(job, name) for job in jobs for name in job.layers]
-    sums, count = torch.zeros(len(keys), 3, dtype=torch.float64), 0
+    sums, count = torch.zeros(len(keys), 3, dtype=torch.float64, device="cpu"), 0
     for index, batch in enumerate(batches):
         count += 1
         if index % ranks == rank:
             found = how.visit(batch, index, jobs)
             values = [of_job[name] for job, of_job in zip(jobs, found, strict=True) for name in job.layers]
-            sums += torch.tensor(values, dtype=torch.float64)
+            sums += torch.tensor(values, dtype=torch.float64, device="cpu")
     if ranks > 1:
         device = next(iter(how.layers.values())).weight.device
         sums = sums.to(device)

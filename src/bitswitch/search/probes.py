@@ -190,7 +190,7 @@ class Prober:
         count = self._samples(run)
         moves = {name: self._move(run, name, count, signs) for name in names if name in run.knobs}
         moved = products(run, gradients, moves)
-        values = {name: torch.zeros(1, dtype=torch.float64) for name in names}
+        values = {name: torch.zeros(1, dtype=torch.float64, device="cpu") for name in names}
         for name, move in moves.items():
             dots = (move * moved[name]).flatten(1).sum(1, dtype=torch.float64)
             values[name] = dots.view(count, -1).sum(1) if name in self.shifted else dots.sum().view(1)
@@ -321,7 +321,7 @@ class Signs:
 
     def draw(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Signs of a shape, of the dtype and on the device of `like`."""
-        bits = torch.randint(0, 2, tuple(shape), generator=self._generator, dtype=torch.int8)
+        bits = torch.randint(0, 2, tuple(shape), generator=self._generator, dtype=torch.int8, device="cpu")
         return bits.mul_(2).sub_(1).to(device=like.device, dtype=like.dtype)
 
     def like(self, x: Tensor) -> Tensor:

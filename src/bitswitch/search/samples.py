@@ -28,7 +28,7 @@ def separate(count: int, pushed: Callable[[Tensor], Iterable[Tensor]]) -> bool:
     """Whether moving one half of the samples leaves the derivatives in the other half as they are, for random halves."""
     for attempt in range(math.ceil(_HALVES / count) if count > 1 else 0):
         generator = torch.Generator().manual_seed(attempt)
-        mask = torch.randperm(count, generator=generator) < count // 2
+        mask = torch.randperm(count, generator=generator, device="cpu") < count // 2
         for found in pushed(mask):
             if found.reshape(count, -1)[~mask.to(found.device)].any():
                 return False

@@ -84,5 +84,6 @@ class Engine:
 
 
 def _compiled(model: nn.Module) -> Callable[..., Any]:
-    quantized = any(isinstance(module, QuantizedLayer) for module in model.modules())
-    return OneGraph(model) if quantized else torch.compile(model)
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLayer)]
+    # One graph takes float weights; of integer codes torch compiles one for each width.
+    return OneGraph(model) if layers and all(layer.codes is None for layer in layers) else torch.compile(model)

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from bitswitch.errors import UserError, check_word
+from bitswitch.errors import UserError, check_number, check_word
 from bitswitch.nn import ActivationQuantizer, PerWidthWeightQuantizer, WeightQuantizer, quantized_layers
 from bitswitch.training.alrs import AlrsForm, adapted_rate, paper_eta
 
@@ -51,8 +51,8 @@ class MultiPrecisionOptimizer:
         check_word("alrs", alrs, get_args(AlrsForm))
         numbers = {"lr": lr, "scale_lr": scale_lr, "weight_decay": weight_decay, "clip": clip}
         for name, number in numbers.items():
-            if isinstance(number, str):
-                raise UserError(f"{name}={number!r} is text: give a number")
+            if name != "scale_lr" or number is not None:
+                check_number(name, number)
         if not (lr > 0 and (scale_lr is None or scale_lr > 0) and weight_decay >= 0 and clip > 0):
             raise UserError("lr, scale_lr and clip are greater than 0, weight_decay is not negative")
         lists = {layer.widths: name for name, layer in quantized_layers(model).items()}
