@@ -76,14 +76,14 @@ def _json(value: Any, indent: str = "") -> str:
         return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
     if isinstance(value, list) and any(isinstance(one, (dict, list)) for one in value):
         return "[\n" + ",\n".join(inner + _json(one, inner) for one in value) + f"\n{indent}]"
-    return json.dumps(value, allow_nan=False)
+    return json.dumps(value)
 
 
 def spread(ratios: Sequence[float]) -> dict[str, Any]:
     """The median of ratios of pairs, its 95 % interval by order statistics, and the quartiles."""
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     if len(ratios) < 6:
         sys.exit(f"{len(ratios)} pairs have no 95 % interval: take 6 or more")
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     bounds = quantile_test(list(ratios), q=middle, p=0.5).confidence_interval(0.95)
     return {
         "ratio": round(middle, 3),

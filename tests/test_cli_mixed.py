@@ -304,7 +304,7 @@ def test_a_latency_table(capsys, copied, tmp_path):
         (["search", "digits", "search.budgets=[1.5]"], ["can be from 2 to 8"]),
         (["search", "digits", "search.genetic_evaluations=5"], ["shared by 6 budgets"]),
         (["search", "digits", "supernet.sandwich=true", "supernet.sampler=fixed"], ["sandwich", "sampler=hasb"]),
-        (["search", "digits", "search.tied=[[conv9, conv8]]"], ["no layer is named 'conv9'"]),
+        (["search", "digits", "search.tied=[[conv9, conv8]]"], ["no layer that is quantized is named 'conv9'"]),
         (["search", "digits", "data.val_fraction=0"], ["data.val_fraction was 0.1"]),
         (["search", "digits", "supernet.sampler=hasp"], ["supernet.sampler='hasp'"]),
         (["search", "digits", "supernet.sensitive=2"], ["quantile"]),

@@ -126,7 +126,10 @@ def test_a_folder_that_is_not_cifar(make_folder, sizes):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"there is no folder .*missing: data.root names the one that holds cifar10"):
+    with pytest.raises(
+        UserError,
+        match=r"there is no folder .*missing, or it may not be looked at: data.root names the one that holds cifar10",
+    ):
         load_data("cifar10", tmp_path / "missing")
     with pytest.raises(UserError, match="holds neither train/ and test/ nor"):
         load_data("cifar10", tmp_path)

@@ -212,6 +212,9 @@ def _built(located: artifact.Located, name: str, args: Mapping[str, Any]) -> nn.
         return build(name, args)
 
 
+_BUILDING = threading.RLock()
+
+
 class _TooGreat(BaseException):
     """More parameters than were expected; no Exception, which `build` would tell of as the network's own."""
 
@@ -224,14 +227,17 @@ def _stopped_above(most: int, refused: str) -> Iterator[None]:
     def count(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
         nonlocal made
         if parameter is not None and threading.get_ident() == me:
-            made += parameter.numel()
+            # Small ones cost as much to make as this many numbers.
+            made += max(parameter.numel(), 1024)
             if made > most:
                 raise _TooGreat(made)
 
-    hook = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    except _TooGreat as error:
-        raise UserError(refused.format(error)) from None
-    finally:
-        hook.remove()
+    # torch goes through its hooks while another thread might change them.
+    with _BUILDING:
+        hook = register_module_parameter_registration_hook(count)
+        try:
+            yield
+        except _TooGreat as error:
+            raise UserError(refused.format(error)) from None
+        finally:
+            hook.remove()

@@ -1,7 +1,6 @@
 """Networks by name."""
 
 import importlib
-import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,12 +22,10 @@ def is_trusted(name: str) -> bool:
 
 def without_weights(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for `build` that give the same architecture, and fetch no trained weights for it."""
-    found = {key: value for key, value in args.items() if key not in ("weights", "weights_backbone")}
-    # Detection and segmentation fetch those of the backbone unless they are told not to.
-    if name in torchvision.models.list_models():
-        builder = torchvision.models.get_model_builder(name)
-        if "weights_backbone" in inspect.signature(builder).parameters:
-            found["weights_backbone"] = None
+    found = {key: value for key, value in args.items() if key != "weights"}
+    # Segmentation fetches those of the backbone unless it is told not to. Of detection they are part of the architecture.
+    if name in torchvision.models.list_models(torchvision.models.segmentation):
+        found["weights_backbone"] = None
     return found
 
 

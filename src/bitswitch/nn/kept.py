@@ -22,6 +22,7 @@ class KeptWeights:
     def __init__(self, most: int = 1) -> None:
         self.most = most
         self._threads: set[int] = set()
+        self._lock = threading.RLock()
         self.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -32,10 +33,11 @@ class KeptWeights:
 
     def clear(self) -> None:
         """Drop all."""
-        self._weights: dict[int, Tensor] = {}
-        self._lent: set[int] = set()
-        self._made_of: tuple[Tensor, Tensor] | None = None
-        self._versions = (0, 0)
+        with self._lock:
+            self._weights: dict[int, Tensor] = {}
+            self._lent: set[int] = set()
+            self._made_of: tuple[Tensor, Tensor] | None = None
+            self._versions = (0, 0)
 
     def at(self, codes: Tensor, quantizer: WeightQuantizer, width: int, dtype: torch.dtype, *, lent: bool) -> Tensor:
         """`narrow(codes) * 2^(h-l) * s_h`, kept or made now.
@@ -52,6 +54,13 @@ class KeptWeights:
         tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
         if not self.most or tracing or parameter.requires_grad:
             return _dequantized(codes, quantizer.scale(), quantizer.high, width, dtype)
+        with self._lock:
+            return self._kept_or_made(codes, quantizer, width, dtype, lent=lent)
+
+    def _kept_or_made(
+        self, codes: Tensor, quantizer: WeightQuantizer, width: int, dtype: torch.dtype, *, lent: bool
+    ) -> Tensor:
+        parameter = quantizer.scale_parameter
         self._threads.add(threading.get_ident())
         # The tensors themselves: another could be given the address of one that is gone.
         made_of, versions = (codes, parameter), (_version(codes), _version(parameter))

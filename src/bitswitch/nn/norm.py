@@ -10,7 +10,12 @@ from bitswitch.nn.layers import QuantizedLayer
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-_READ = frozenset({"weight", "bias", "running_mean", "running_var", "eps", "momentum", "num_features"})
+_READ = frozenset(
+    {
+        *("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "eps", "momentum", "num_features"),
+        *("affine", "track_running_stats"),
+    }
+)
 
 
 class SwitchableBatchNorm(nn.Module):
