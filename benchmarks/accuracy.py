@@ -7,8 +7,8 @@
 result file: every other job of that seed starts from this file, so that drops are from one and the same float network.
 `glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is ten and `long-*` twenty, also scored on test. A way
 of training that visits two of four widths in a step costs half: `*-twice-as-long` is twice as many epochs, for as many
-forwards as the others have; of three widths (`*-432`), half as many again. A job that was killed goes on from its last epoch
-while --work is there; a job whose file is there is done. `make results` writes docs/results.md from the files.
+forwards as the others have; of three widths (`decide-*-432`), half as many again. A job that was killed goes on from its
+last epoch while --work is there; a job whose file is there is done. `make results` writes docs/results.md from the files.
 
 On a CPU that others use, OMP_NUM_THREADS=1 gives more images a second, and with glibc MALLOC_MMAP_THRESHOLD_=4000000000
 MALLOC_TRIM_THRESHOLD_=4000000000 keep memory from step to step, whose page faults took a fifth of the time of two trainings
@@ -51,19 +51,15 @@ class Schedule:
 
     epochs: int
     splits: tuple[str, ...]
+    half_again: tuple[str, ...] = ()
 
     def changed(self, variant: str) -> tuple[str, ...]:
         """The overrides that make a variant differ from the schedule's own recipe."""
-        longer = (f"train.epochs={2 * self.epochs}",) if variant.endswith(TWICE) else ()
-        return (*VARIANTS[variant.removesuffix(TWICE)], *longer)
+        epochs = 2 * self.epochs if variant.endswith(TWICE) else self.epochs * 3 // 2
+        longer = variant.endswith(TWICE) or variant in self.half_again
+        return (*VARIANTS[variant.removesuffix(TWICE)], *((f"train.epochs={epochs}",) if longer else ()))
 
 
-SCHEDULES = {
-    "glance": Schedule(1, ("val",)),
-    "screen": Schedule(5, ("val",)),
-    "decide": Schedule(10, ("val", "test")),
-    "long": Schedule(20, ("val", "test")),
-}
 TWICE = "-twice-as-long"
 PAPER = ("train.scale_form=raw", "train.alrs=printed", "train.eta=paper")
 RIVALS = ("lsq", "adabits", "bit_mixer", "per_width")
@@ -105,6 +101,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 # The first screens of a teacher had half of the loss from it; then all of it proved the better.
 _HALF = "kd-float-drawn-2-scale-lr-2e-3"
 OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
+SCHEDULES = {
+    "glance": Schedule(1, ("val",)),
+    "screen": Schedule(5, ("val",)),
+    # Two of three widths a step, for as many forwards as the ten epochs of the others have.
+    "decide": Schedule(10, ("val", "test"), half_again=(f"{OURS}-hot-432",)),
+    "long": Schedule(20, ("val", "test")),
+}
 VARIANTS |= {OURS: TAUGHT_ALONE}
 VARIANTS |= {f"{OURS}-{name}": (*TAUGHT_ALONE, *overrides) for name, overrides in (BESIDE | WITHOUT).items()}
 # Every width in every step.
@@ -113,10 +116,8 @@ TAUGHT_ALL = (*TAUGHT, "train.scale_lr=2e-3", "train.distillation.weight=1")
 VARIANTS |= {ALL: TAUGHT_ALL, f"{ALL}-hot": (*TAUGHT_ALL, *HOT)}
 VARIANTS |= {
     f"{variant}-432": ("bits=[4, 3, 2]", *VARIANTS[variant])
-    for variant in ("paper", "lsq", ALL, f"{ALL}-hot", f"{OURS}-hot")
+    for variant in ("paper", "lsq", ALL, f"{ALL}-hot", OURS, *(f"{OURS}-{name}" for name in ("hot", "centred")))
 }
-# Two of three widths a step, for as many forwards as the ten epochs of the others have.
-VARIANTS[f"{OURS}-hot-432"] += ("train.epochs=15",)
 _SCREENED = (
     *("ours", "paper", "drawn-2", f"drawn-2{TWICE}", "kd-float", "scale-lr-2e-3", _HALF + TWICE, OURS + TWICE),
     *(f"{_HALF}-batch-64{TWICE}", *(f"{OURS}-{name}{TWICE}" for name in BESIDE)),
@@ -128,12 +129,17 @@ _DECIDED = (
     *("paper-432", "lsq-432", f"{ALL}-432", f"{ALL}-hot-432", f"{OURS}-hot-432"),
     *("lsq-8-alone", "lsq-4-alone", "lsq-2-alone", "adabits", "bit-mixer"),
 )
+# Of three widths for equal passes: two of three in a step are two thirds of the forwards.
+_LONG = (
+    *("paper-432", f"{OURS}-hot-432", f"{OURS}-432", f"{OURS}-centred-432"),
+    *("paper", "lsq", OURS + TWICE),
+)
 QUEUE = (
     "float-seed0",
     *(f"screen-{variant}-seed0" for variant in _SCREENED),
     *(f"float-seed{seed}" for seed in (1, 2)),
     *(f"decide-{variant}-seed{seed}" for seed in range(3) for variant in _DECIDED),
-    *(f"long-{variant}-seed{seed}" for seed in range(3) for variant in ("paper", "lsq", OURS + TWICE)),
+    *(f"long-{variant}-seed{seed}" for seed in range(3) for variant in _LONG),
 )
 
 

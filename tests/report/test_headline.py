@@ -27,6 +27,18 @@ def test_rows_are_means_beside_float_in_the_order_of_the_labels():
     assert "mean of seeds 0, 1, 2" in table and "JPEG" in table and "abcdef012345" in table
 
 
+def test_longer_trainings_are_rows_of_their_own():
+    known = [*runs(OURS, -1.0, 0.5, -0.25), *runs("paper", 2.0, 1.0, 1.5), *runs("lsq", 2.0, 2.0, 2.0)]
+    (table,) = headline([*runs("paper", 1.0, 1.0, 1.0, schedule="long"), *known])
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ") and "---" not in line]
+    assert rows[3:5] == ["| the paper's recipe", "| the paper's recipe, 2 epochs"]
+    assert "| the paper's recipe, 2 epochs | 123 | 89.00 (-1.00 ± 0.00) | 89.00 (-1.00 ± 0.00) |" in table
+    # Not all seeds, or a list that was not decided: no row.
+    assert headline([*known, *runs("paper", 1.0, 1.0, schedule="long")]) == headline(known)
+    assert headline([*known, *runs("paper", 1.0, 1.0, 1.0, schedule="long", bits=(4, 2))]) == headline(known)
+    assert headline([*known, *runs("paper", 1.0, 1.0, 1.0, 1.0, schedule="long")]) == headline(known)
+
+
 def test_networks_of_one_width_are_one_row_of_the_lists_that_hold_them_all():
     known = [*runs(OURS, 1.0, 1.0, 1.0, bits=(8, 6, 2)), *runs(OURS, 1.0, 1.0, 1.0, bits=(4, 3, 2))]
     both = [*runs("lsq-8-alone", 2.0, 1.0, 1.5, bits=(8,)), *runs("lsq-2-alone", 4.0, 4.0, 4.0, bits=(2,))]

@@ -6,7 +6,7 @@ QUANTITIES = [f"{side}_{name}" for side in ("weight", "input") for name in ("sca
 def training(variant, seed, *, top1, drop, schedule="decide", bits=(8, 2), epochs=2):
     """A result file in which every width has the same numbers."""
     score = {"top1": top1, "top5": 99.0, "loss": 0.5, "drop": drop, "images": 10}
-    splits = ("val", "test") if schedule == "decide" else ("val",)
+    splits = ("val", "test") if schedule in ("decide", "long") else ("val",)
     return {
         "title": "T",
         "command": "c",

@@ -32,21 +32,26 @@ def headline(results: Sequence[_Result]) -> list[str]:
     Args:
         results: of trainings; see `bitswitch.report.accuracy`. A way of training is shown once it has all seeds of its
             list, three at least, and a list once ours is. Networks of one width are a row together, of the lists that hold
-            all their widths.
+            all their widths. The longer trainings of a way are a row of their own below it.
     """
-    decided = [one for one in results if one["schedule"] == "decide" and one["variant"] in LABELS]
+    decided = [one for one in results if one["schedule"] in ("decide", "long") and one["variant"] in LABELS]
     lists = grouped(decided, lambda one: tuple(one["bits"]))
     alone = [one for bits, runs in lists.items() if len(bits) == 1 for one in runs]
     tables = []
     for bits, own in sorted(((bits, runs) for bits, runs in lists.items() if len(bits) > 1), reverse=True):
         # The float network of a seed, from any run that is held against it.
         levels = {
-            run["seeds"][0]: sum(run["final"][str(bits[0])]["test"][key] for key in ("top1", "drop")) for run in own
+            run["seeds"][0]: sum(run["final"][str(bits[0])]["test"][key] for key in ("top1", "drop"))
+            for run in own
+            if run["schedule"] == "decide"
         }
         runs = own + (alone if {run["bits"][0] for run in alone} <= set(bits) else [])
         ways: dict[str, list[list[_Result]]] = {}
-        for variant, some in sorted(grouped(runs, lambda one: one["variant"]).items(), key=_order):
-            ways.setdefault(LABELS[variant], []).append(some)
+        for (variant, schedule), some in sorted(
+            grouped(runs, lambda one: (str(one["variant"]), str(one["schedule"]))).items(), key=_order
+        ):
+            longer = f", {some[0]['epochs']} epochs" if schedule == "long" else ""
+            ways.setdefault(LABELS[variant] + longer, []).append(some)
         ways = {
             label: variants
             for label, variants in ways.items()
@@ -72,8 +77,9 @@ def headline(results: Sequence[_Result]) -> list[str]:
     return tables
 
 
-def _order(of_a_variant: tuple[str, Any]) -> int:
-    return list(LABELS).index(of_a_variant[0])
+def _order(of_a_way: tuple[tuple[str, str], Any]) -> tuple[int, str]:
+    variant, schedule = of_a_way[0]
+    return list(LABELS).index(variant), schedule
 
 
 def _cell(scores: Sequence[Mapping[str, float]]) -> str:
