@@ -1,18 +1,15 @@
 """`load` and `upgrade`: an artifact to its torch model, the codes equal to the last bit."""
 
-import contextlib
 import copy
 import dataclasses
 import itertools
 import math
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bitswitch import artifact
 from bitswitch.artifact import tensor_name
@@ -20,7 +17,7 @@ from bitswitch.assignment import Assignment
 from bitswitch.codes import bits_read
 from bitswitch.errors import UserError, check_number
 from bitswitch.export.tensors import fill
-from bitswitch.models import build, is_trusted, without_weights
+from bitswitch.models import build, build_within, is_trusted, without_weights
 from bitswitch.nn import Plan, apply, quantized_layers, switch
 
 
@@ -202,42 +199,4 @@ def _built(located: artifact.Located, name: str, args: Mapping[str, Any]) -> nn.
     stored = sum(math.prod(entry.shape) for entry in located.entries.values() if entry.dtype != "U8")
     stored += sum(math.prod(layer.shape) for layer in located.header.layers)
     refused = f"{located.path} names a {name!r} of {{}} parameters, and holds {stored}"
-    # It is made twice, and some networks throw parts away while they are made.
-    with _stopped_above(4 * stored + 2**24, refused):
-        # Some compute with values, which meta tensors do not have. Bad arguments are told of when it is built in earnest.
-        with contextlib.suppress(UserError), torch.device("meta"):
-            asked = sum(parameter.numel() for parameter in build(name, args).parameters())
-            if asked > stored:
-                raise _TooGreat(asked)
-        return build(name, args)
-
-
-_BUILDING = threading.RLock()
-
-
-class _TooGreat(BaseException):
-    """More parameters than were expected; no Exception, which `build` would tell of as the network's own."""
-
-
-@contextlib.contextmanager
-def _stopped_above(most: int, refused: str) -> Iterator[None]:
-    """End what builds a network in this thread with `refused`, the number put in, once it has made so many parameters."""
-    me, made = threading.get_ident(), 0
-
-    def count(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal made
-        if parameter is not None and threading.get_ident() == me:
-            # Small ones cost as much to make as this many numbers.
-            made += max(parameter.numel(), 1024)
-            if made > most:
-                raise _TooGreat(made)
-
-    # torch goes through its hooks while another thread might change them.
-    with _BUILDING:
-        hook = register_module_parameter_registration_hook(count)
-        try:
-            yield
-        except _TooGreat as error:
-            raise UserError(refused.format(error)) from None
-        finally:
-            hook.remove()
+    return build_within(name, args, stored, refused)

@@ -1,20 +1,59 @@
-"""What is refused before any stage begins: a network that does not fit the data, batches that cannot be divided."""
+"""What is refused before any stage begins: parts that are missing, a network that does not fit, batches, folders."""
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from bitswitch import files
 from bitswitch.config import PretrainPart, QuantizedPart
 from bitswitch.data import DataSet
 from bitswitch.errors import UserError, nearest
 from bitswitch.models import build, load_weights
 from bitswitch.nn import quantized_layers
 from bitswitch.pipeline.run import Run, about, build_network, quantized
+from bitswitch.training.distributed import barrier, gather
+
+
+def check_parts(run: Run, parts: Mapping[str, str]) -> None:
+    """Refuse stages that the recipe has no part for.
+
+    Args:
+        run: what is asked for.
+        parts: {stage: the part of the recipe that it needs}.
+
+    Raises:
+        UserError: a part is not there, or the recipe is a rival's, which gives no SuperNet.
+    """
+    for stage, part in parts.items():
+        if getattr(run.recipe, part) is None:
+            raise UserError(
+                f"recipe {run.name} has no part supernet: give it one, or say bitswitch {stage} {run.typed} supernet.epochs=N"
+            )
+        if stage in ("supernet", "search") and run.recipe.train.method != "double_rounding":
+            raise UserError(f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet")
+
+
+def check_shared(run: Run) -> None:
+    """Refuse ranks that do not see one run directory, as on machines that each have their own; all ranks call this.
+
+    Raises:
+        UserError: they do not.
+    """
+    barrier()
+    records = run.directory.path / "stages.json"
+    # Rank 0 writes on when it has what all of them saw.
+    seen = gather([files.file_digest(records) if files.is_file(records) else ""], run.world)
+    if len(set(seen)) > 1:
+        others = [rank for rank, one in enumerate(seen) if one != seen[0]]
+        raise UserError(
+            f"rank {others[0]} does not see what rank 0 wrote in {run.directory.path}: --out must be one folder that all "
+            "machines share"
+        )
 
 
 def check_batches(run: Run, data: DataSet, stage: str) -> None:

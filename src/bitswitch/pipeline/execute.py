@@ -16,7 +16,7 @@ from bitswitch.errors import UserError
 from bitswitch.pipeline import checks, subnets, training
 from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, open_data
 from bitswitch.rundir import RunDirectory, changes
-from bitswitch.training.distributed import barrier, from_first, gather
+from bitswitch.training.distributed import barrier, from_first
 from bitswitch.training.loop import seed_all
 
 
@@ -143,7 +143,7 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
     with run.directory.locked() if run.world.first else nullcontext():
         if run.world.first:
             _prepare(run, data, stages, fresh)
-        _check_shared(run)
+        checks.check_shared(run)
         for stage in stages:
             _do(run, data, stage)
         return run.directory.records()
@@ -155,7 +155,7 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
         raise UserError(
             f"{run.directory.path} holds {strangers[0]} but no record of a run (stages.json): use an empty or new --out"
         )
-    _check_parts(run, stages)
+    checks.check_parts(run, {stage: _STAGES[stage].part for stage in stages})
     from_the_start = fresh and tuple(stages) == stages_of(run.recipe)
     forgotten = STAGES if from_the_start else stages if fresh else ()
     # Records that are damaged are not read where all are forgotten.
@@ -182,30 +182,6 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
     for stage in forgotten:
         run.directory.rewind_metrics(stage, 0)
     files.write(run.directory.path / "config.yaml", to_yaml(run.recipe).encode())
-
-
-def _check_shared(run: Run) -> None:
-    """Refuse ranks that do not see one run directory, as on machines that each have their own."""
-    barrier()
-    records = run.directory.path / "stages.json"
-    # Rank 0 writes on when it has what all of them saw.
-    seen = gather([files.file_digest(records) if files.is_file(records) else ""], run.world)
-    if len(set(seen)) > 1:
-        others = [rank for rank, one in enumerate(seen) if one != seen[0]]
-        raise UserError(
-            f"rank {others[0]} does not see what rank 0 wrote in {run.directory.path}: --out must be one folder that all "
-            "machines share"
-        )
-
-
-def _check_parts(run: Run, stages: Sequence[str]) -> None:
-    for stage in stages:
-        if getattr(run.recipe, _STAGES[stage].part) is None:
-            raise UserError(
-                f"recipe {run.name} has no part supernet: give it one, or say bitswitch {stage} {run.typed} supernet.epochs=N"
-            )
-        if stage in ("supernet", "search") and run.recipe.train.method != "double_rounding":
-            raise UserError(f"train.method={run.recipe.train.method} is for comparison and gives no SuperNet")
 
 
 def _needed(stages: Sequence[str]) -> list[str]:
