@@ -15,6 +15,7 @@ from bitswitch import artifact, codes
 from bitswitch.errors import UserError
 from bitswitch.export import add_graph
 from bitswitch.nn import freeze, quantized_layers
+from bitswitch.nn import kept as kept_weights
 from bitswitch.training import Engine
 
 PLANES = {f"plane.{i}" for i in range(8)}
@@ -477,6 +478,32 @@ def test_a_weight_that_another_thread_computes_with_is_left_alone(loaded):
     for width in (4, 8, 2):
         layer._weight(width, lent=False)
     assert torch.equal(held[0], before)
+
+
+def test_a_weight_made_of_codes_that_were_replaced_meanwhile_is_not_kept(loaded, monkeypatch):
+    layer, replaced, began = loaded.conv2, threading.Event(), threading.Event()
+    dequantized, other = kept_weights._dequantized, layer.codes + 1
+
+    def slowly(codes, *args, **kwargs):
+        made = dequantized(codes, *args, **kwargs)
+        if codes is not other:
+            began.set()
+            # Where threads wait for each other, the second cannot be done before this one is.
+            replaced.wait(0.3)
+        return made
+
+    def weight(codes):
+        return layer.kept.at(codes, layer.weight_quantizer, 8, torch.float32, lent=False)
+
+    monkeypatch.setattr(kept_weights, "_dequantized", slowly)
+    first = threading.Thread(target=weight, args=(layer.codes,))
+    first.start()
+    assert began.wait(60)
+    expected = weight(other).clone()
+    replaced.set()
+    first.join()
+    assert torch.equal(weight(other), expected)
+    assert torch.equal(expected, other * layer.weight_quantizer.scale())
 
 
 def test_a_loaded_model_is_run_by_an_engine_that_compiles(loaded, images, monkeypatch):
