@@ -1,9 +1,11 @@
 """`bitswitch bench`, on a small network: the form of what it measures, and what can be known beforehand."""
 
 import json
+import math
 
 import pytest
 import torch
+from torch import nn
 
 import bitswitch as bs
 from bitswitch import bench, runtime
@@ -64,6 +66,36 @@ def test_every_engine_and_width_is_measured(capsys, file, tmp_path, monkeypatch)
     assert choice.assignment.uniform == 8
 
 
+class Between(nn.Module):
+    """A softmax reads what a convolution gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 4)
+        self.one, self.other = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = torch.softmax(self.one(self.stem(x).relu()), 1)
+        return self.head((self.other(x).relu() + x).mean((2, 3)))
+
+
+def test_what_reads_a_product_is_no_part_of_its_latency(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    images = torch.rand(64, 1, 8, 8)
+    model = bs.quantize(Between(), bits=(8, 2), example_inputs=images)
+    bs.save(model.eval(), tmp_path / "m", example_inputs=images)
+    by_layer, counted = bench._by_layer, {}
+
+    def seen(events, nodes):
+        counted.update(nodes)
+        return by_layer(events, nodes)
+
+    monkeypatch.setattr(bench, "_by_layer", seen)
+    table = bench._layer_latency(tmp_path / "m", [8, 2], images[:1].numpy(), 2)
+    assert set(table) == set(counted.values()) == {"one", "other"}
+    assert any("conv" in name.lower() for name in counted) and not any("softmax" in name.lower() for name in counted)
+
+
 def test_a_file_that_is_cut_off_is_inspected_measured_and_exported_at_the_widths_that_it_holds(capsys, file, tmp_path):
     whole = json.loads(call(capsys, "bench", file, "--rounds", 1, "--json")[1])
     file.write_bytes(file.read_bytes()[:-1])
@@ -78,6 +110,8 @@ def test_a_file_that_is_cut_off_is_inspected_measured_and_exported_at_the_widths
     assert status == 0, err
     document = json.loads(out)
     assert document["widths"] == [8, 2] and document["held"] == [2] and set(document["graph"]) == {"2"}
+    assert document["code_bytes"] == bits_read(8, 2) * sum(math.prod(row["shape"]) for row in document["layers"]) // 8
+    assert document["code_bytes"] + document["other_bytes"] + document["graph_bytes"] < document["bytes"]
     assert "cut off: it serves 2 bits at most" in call(capsys, "inspect", file)[1]
     status, out, err = call(capsys, "export", file, "--out", tmp_path / "onnx", "--json")
     assert status == 0, err

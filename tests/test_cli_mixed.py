@@ -388,6 +388,8 @@ def test_export_and_the_session(capsys, copied):
     status, _, err = call(capsys, "run", "digits", *SHORT, "--out", copied, "--json")
     assert status == 0 and err.count("done before, skipped") == 5
     assert json.loads(call(capsys, *words)[1])["graph_added"] is False
+    assert json.loads(call(capsys, *words, "--data", "digits")[1])["graph_added"] is False
+    one_line(call(capsys, *words, "--data", copied / "none"), "there is no folder")
     assert [row["weights"] for row in document["files"]] == ["int8", "int8"]
     # Where no layer is narrow enough to be packed, the file says so.
     assert "int8 weights" in call(capsys, "export", file, "--bits", "8", "--weights", "int4")[1]

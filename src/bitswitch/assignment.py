@@ -91,7 +91,7 @@ class Assignment(Mapping[str, int]):
 
 def _is_in(width: Any, widths: tuple[int, ...]) -> bool:
     try:
-        return width in widths
+        return getattr(width, "ndim", 0) == 0 and width in widths
     except (ValueError, RuntimeError):
         # Of an array or a tensor of several numbers.
         return False

@@ -43,7 +43,8 @@ def export(
         assignment: as in `bitswitch.evaluation.evaluate_file`.
         weights: "int8", "int4" or "int2".
         additions: how a graph that is made now adds branches; see `bitswitch.export.save`.
-        images: to make the graph with; where None, training images of `data_name`, or of the data that the file names.
+        images: to make the graph with, and to hold the ONNX files against torch with; where None, training images of
+            `data_name`, or, for a graph that is made, of the data that the file names.
         data_name: a data name or an image folder.
         network: its name where the file does not tell, or names the user's own code.
 
@@ -103,12 +104,14 @@ def _with_graph(
     path: Path, images: Tensor | None, additions: Additions, data_name: str | None, network: str | None
 ) -> tuple[Source, Tensor | None, bool]:
     """What a session reads of an artifact, which gets its graph first where it has none; the images it took; whether it did."""
+    if data_name is not None:
+        images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
     try:
         source = read(path)
     except UserError:
         # No graph, or none that can be used: the file itself is sound.
         if images is None:
-            images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
+            images = example_images(path, CALIBRATION_IMAGES, network=network)
         directory = RunDirectory(path.parent)
         # Of a run, whose records are not to be written by two at once.
         with directory.locked() if directory.records() else nullcontext():

@@ -19,7 +19,7 @@ from bitswitch.data.dataset import Batch
 from bitswitch.errors import UserError
 from bitswitch.machine import machine, source_digest
 from bitswitch.models import is_trusted
-from bitswitch.nn import quantized_layers
+from bitswitch.nn import evaluating, quantized_layers
 from bitswitch.subject import Subject, data_for, subject_of
 from bitswitch.training import Score, World, evaluate, recalibrate
 from bitswitch.training.distributed import from_first
@@ -94,6 +94,7 @@ def evaluate_file(
             f"{name} has no {split} images (of val a share of train, data.val_fraction): use another --split"
         )
     model, world = subject.model.to(device), world or World()
+    _check_fits(path, model, data, device)
     plan = _Plan(
         split=split,
         device=device,
@@ -125,6 +126,23 @@ def evaluate_file(
     if recalibration_images:
         provenance["recalibration_images"] = recalibration_images
     return {"results": results, "provenance": provenance}
+
+
+@torch.no_grad()
+def _check_fits(path: Path, model: nn.Module, data: DataSet, device: torch.device) -> None:
+    """Refuse a network that does not take images of this shape, in a line, before the data are gone through."""
+    images = torch.zeros(2, *data.preprocessing.shape, device=device)
+    try:
+        with evaluating(model):
+            model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the network of {path} does not take images of {list(images.shape[1:])}, as {data.name} has them ({reason}): give "
+            "the data that it is for with --data, or the network that it is with --model"
+        ) from error
 
 
 def _scores(
@@ -270,7 +288,8 @@ def assignments_named(
         raise UserError(f"--assignment {file}: {error}") from error
     if not choices:
         raise UserError(f"--assignment {text}: {file} holds no choices: bitswitch search RECIPE makes them")
-    if hash_ and (not number.isdecimal() or int(number) >= len(choices)):
+    # Python refuses to read numbers of thousands of digits.
+    if hash_ and (not number.isdecimal() or len(number) > 9 or int(number) >= len(choices)):
         raise UserError(f"--assignment {text}: {file} has choices #0 to #{len(choices) - 1}")
     held = [
         i for i in ([int(number)] if hash_ else range(len(choices))) if max(choices[i]["assignment"].values()) <= rest

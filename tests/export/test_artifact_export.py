@@ -444,6 +444,8 @@ def test_a_network_far_greater_than_its_file_is_not_built(tmp_path):
     with pytest.raises(UserError, match="parameters, and holds"):
         bs.load(tmp_path / "a")
     bs.save(model, tmp_path / "a", network={"name": "cifar_resnet20", "args": {}})
+    with pytest.raises(UserError, match=r"^model='resnet50' has \d+ parameters, and .* holds \d+$"):
+        bs.load(tmp_path / "a", model="resnet50")
     assert bs.load(tmp_path / "a")
 
 

@@ -287,6 +287,25 @@ def test_a_file_of_a_network_of_tokens_is_held_against_it(tmp_path, dtype):
         export_file(tmp_path / "a", tmp_path / "other.onnx", wanted=8, model=model)
 
 
+class Classes(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).argmax(1)
+
+
+def test_a_network_of_classes_alone_is_held_against_them(tmp_path):
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    layers = (nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
+    model = bs.quantize(Classes(*layers).eval(), bits=(8, 2), example_inputs=x)
+    bs.save(model, tmp_path / "a", example_inputs=x)
+    export_file(tmp_path / "a", tmp_path / "m.onnx", wanted=8, model=model, example_inputs=x)
+    with torch.no_grad():
+        model[4].bias.copy_(torch.tensor([-9.0, -9, -9, -9, 9]))
+    with pytest.raises(UserError, match="does not compute what the model does"):
+        export_file(tmp_path / "a", tmp_path / "other.onnx", wanted=8, model=model, example_inputs=x)
+    assert not (tmp_path / "other.onnx").exists()
+
+
 def test_the_first_result_may_be_one_number(tmp_path):
     x = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     model = quantized(functools.partial(Answering, lambda y: (y.square().mean(), y)), x)

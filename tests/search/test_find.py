@@ -20,6 +20,7 @@ from bitswitch.search import (
     Trace,
     cost_tables,
     damage_table,
+    layer_costs,
     measured_damage,
     read_latency,
     refine,
@@ -110,6 +111,42 @@ def test_a_trace_below_zero_gets_what_bits_are_left(model):
     assert bs.search(model, negative, budgets=[5])[0].assignment["side"] == 2
     (everything,) = bs.search(model, dict.fromkeys(TRACES, -1.0), budgets=[8])
     assert everything.assignment.uniform == 8
+
+
+def test_small_traces_are_told_apart(model):
+    """A trace above 0 counts as it is, however far below the greatest."""
+    table = damage_table(model, {"main": 1e4, "side": 1e-6, "after": 1e-9})
+    for name, trace in (("side", 1e-6), ("after", 1e-9)):
+        errors = model.get_submodule(name).squared_errors()
+        for width in WIDTHS:
+            assert table[name][width] == pytest.approx(trace / WEIGHTS[name] * errors[width], rel=1e-12)
+    below = damage_table(model, {"main": 1e4, "side": -1.0, "after": 1e-9})
+    per_error = [below[name][2] / model.get_submodule(name).squared_errors()[2] for name in ("side", "after")]
+    assert 0 < per_error[0] <= per_error[1] * (1 + 1e-12)
+
+
+class Positions(nn.Module):
+    """A linear layer that reads learned positions, and one that reads sequences first, as attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.positions = nn.Linear(4, 8), nn.Parameter(torch.randn(5, 8))
+        self.learned, self.rows, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        rows = self.rows(self.first(x).relu().expand(5, *x.shape[:1], 8)).mean(0)
+        return self.last((rows @ self.learned(self.positions).T).relu() @ self.positions)
+
+
+def test_operations_are_of_one_image_whatever_the_batch():
+    torch.manual_seed(0)
+    x = torch.randn(64, 4)
+    model = bs.quantize(Positions(), bits=WIDTHS, example_inputs=x)
+    for images in (1, 8, 41, 64):
+        assert {name: cost.macs for name, cost in layer_costs(model, (x[:images],)).items()} == {
+            "learned": 5 * 64,
+            "rows": 5 * 64,
+        }
 
 
 @pytest.mark.parametrize(

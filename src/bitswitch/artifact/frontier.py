@@ -61,7 +61,7 @@ def within_budget(frontier: Sequence[Mapping[str, Any]], budget: str, highest: i
         UserError: there is no frontier, the budget is not of that form, or nothing meets it.
     """
     if budget.strip().isdecimal():
-        raise UserError(f"{budget!r} is text: one width for all layers is a whole number, {int(budget)}")
+        raise UserError(f"{budget!r} is text: one width for all layers is a whole number, {budget.strip()}")
     if not frontier:
         raise UserError(f"assignment={budget!r} needs a frontier, and there is none: bitswitch search RECIPE makes one")
     if highest is not None:

@@ -23,6 +23,7 @@ from bitswitch.cli.words import (
     run_directory,
     widths_of,
 )
+from bitswitch.codes import bits_read
 from bitswitch.config import load_recipe, recipe_names
 from bitswitch.errors import UserError, nearest, require
 
@@ -101,7 +102,7 @@ def inspect(
             for layer in header.layers
         ],
         "choices": list(header.frontier),
-        "code_bytes": header.widths[0] * artifact.plane_bytes([layer.shape for layer in header.layers]),
+        "code_bytes": bits_read(header.widths[0], held[0]) * artifact.plane_bytes([one.shape for one in header.layers]),
         "other_bytes": sum(a.nbytes for name, a in tensors.items() if name not in codes and name != artifact.GRAPH),
         "graph_bytes": tensors[artifact.GRAPH].nbytes if artifact.GRAPH in tensors else 0,
         "provenance": dict(header.provenance),
@@ -156,6 +157,8 @@ def export(
             raise UserError(
                 f"there is no file {file}, and no recipe of that name (bitswitch recipes lists them){known}"
             )
+        if data is not None:
+            raise UserError(f"--data {data} is for a file: {file} is a recipe and names its data (data.root=FOLDER)")
         recipe = load_recipe(file, overrides or [], seed=seed)
         path = pipeline.artifact_of(recipe, run_directory(out, file), file)
         out, beside, images = None, path.parent, pipeline.open_data(recipe).sample(deployment.CALIBRATION_IMAGES)

@@ -50,9 +50,9 @@ def save(
             exported with it and stored too, so that `bitswitch.runtime.Session` can run the file. Needs the extras `onnx` and
             `runtime`. Where it is not given, a model that was loaded and has not changed keeps the graph of its file.
         additions: how that graph adds branches: "requantized" to 8 bits, calibrated on `example_inputs`, where every layer has
-            8 bits or nothing is lost, and `example_inputs` show 64 results of each channel, which is what is done where it is
-            not given; or "exact", which keeps the sums of all convolutions but those grouped and 1-d ones that one layer
-            alone reads.
+            8 bits or nothing is lost (for grouped and 1-d convolutions at every width), and `example_inputs` show 64 results of
+            each channel, which is what is done where it is not given; or "exact", which keeps the sums of all convolutions but
+            those grouped and 1-d ones that one layer alone reads.
 
     Raises:
         UserError: the model is not quantized, holds values that are not finite or cannot be stored, or the file cannot be

@@ -1,6 +1,6 @@
 """The network's integer graph: what an artifact carries as `graph`, and what an ONNX file is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -88,8 +88,8 @@ def integer_graph(
         tensors: of its artifact.
         example_inputs: what it is called with: real data, since the ranges of eight-bit branches come from it.
         additions: "requantized": convolutions that feed an addition (or anything but one layer) end in 8 bits, with ranges from
-            the example inputs, where every layer has 8 bits or that loses nothing, else in floats; "exact": they end in floats,
-            but for grouped ones and those of one dimension.
+            the example inputs, where every layer has 8 bits or that loses nothing, else in floats; grouped ones and those of
+            one dimension at every width; "exact": they end in floats, but for these, which end in int32.
         sums: with "exact", whether such convolutions, and all others, are integer operations with a float result, or
             quantize-dequantize float ones.
 
@@ -222,24 +222,18 @@ def hold_against(
         UserError: it computes something else.
     """
     expected = _results(model, assignment, inputs)
-    found = [result for result in executable.run(_numpy(inputs)) if result.dtype.kind == "f"]
+    found = [
+        result for result in executable.run(_numpy(inputs)) if result.dtype.kind == "f" or not _has_floats(expected)
+    ]
     disturbed = None
     for number, (wanted, result) in enumerate(zip(expected, found, strict=True)):
-        # What is not finite, such as a masked logit, is to be the same; the rest is compared.
-        finite = np.isfinite(wanted)
-        same = np.array_equal(result[~finite], wanted[~finite], equal_nan=True)
-        wanted, result = np.where(finite, wanted, 0), np.where(finite, result, 0)
-        noise = np.square(result - wanted).sum() if same else np.inf
-        whole = np.square(wanted).sum()
-        signal = np.square(wanted - (wanted.mean(0) if wanted.ndim and len(wanted) > 1 else 0)).sum()
-        # Where it answers the same to every input, as to tokens that are all alike, the answer itself is the signal.
-        if signal <= _ROUNDING * whole:
-            signal = whole
+        noise, signal = _noise(wanted, result)
         if noise <= _GREATEST_NOISE * signal:
             continue
         disturbed = disturbed or _results(model, assignment, _disturbed(inputs))
-        own = np.where(finite & np.isfinite(disturbed[number]), disturbed[number] - wanted, 0)
-        if not same or not noise <= _GREATEST_OWN_NOISE * np.square(own).sum():
+        comparable = np.isfinite(wanted) & np.isfinite(disturbed[number])
+        own, _ = _noise(wanted, np.where(comparable, disturbed[number], wanted))
+        if not noise <= _GREATEST_OWN_NOISE * own:
             widths = "/".join(map(str, sorted(set(assignment.values()), reverse=True)))
             raise UserError(
                 f"the exported graph of this {type(model).__name__} does not compute what the model does at {widths} bits "
@@ -247,14 +241,38 @@ def hold_against(
             )
 
 
+def _noise(wanted: np.ndarray, result: np.ndarray) -> tuple[float, float]:
+    """By how much a result is off, and what that is to be held against; of whole numbers how many are off, and how many."""
+    if wanted.dtype.kind != "f":
+        return float(np.count_nonzero(result != wanted)), float(wanted.size)
+    # What is not finite, such as a masked logit, is to be the same; the rest is compared.
+    finite = np.isfinite(wanted)
+    same = np.array_equal(result[~finite], wanted[~finite], equal_nan=True)
+    wanted, result = np.where(finite, wanted, 0), np.where(finite, result, 0)
+    noise = np.square(result - wanted).sum() if same else np.inf
+    whole = np.square(wanted).sum()
+    signal = np.square(wanted - (wanted.mean(0) if wanted.ndim and len(wanted) > 1 else 0)).sum()
+    # Where it answers the same to every input, as to tokens that are all alike, the answer itself is the signal.
+    return float(noise), float(whole if signal <= _ROUNDING * whole else signal)
+
+
+def _has_floats(results: Sequence[np.ndarray]) -> bool:
+    return any(result.dtype.kind == "f" for result in results)
+
+
 @torch.no_grad()
 def _results(model: nn.Module, assignment: Mapping[str, int], inputs: tuple[Any, ...]) -> list[np.ndarray]:
-    """The model's results at an assignment, float64, without those of integers; complex ones as ONNX has them, in pairs."""
+    """The model's results at an assignment, float64; complex ones as ONNX has them, in pairs.
+
+    Those of whole numbers, such as places and classes, turn with the last bit of what they are the greatest of: they are left
+    out where there are others.
+    """
     place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with evaluating(model), switched(model, assignment):
         leaves = tree_leaves(model(*tree_map_only(Tensor, lambda x: x.to(place), inputs)))
-    results = (torch.view_as_real(x) if x.is_complex() else x for x in leaves if isinstance(x, Tensor))
-    return [x.double().cpu().numpy() for x in results if x.is_floating_point()]
+    tensors = [torch.view_as_real(x) if x.is_complex() else x for x in leaves if isinstance(x, Tensor)]
+    results = [(x.double() if x.is_floating_point() else x).cpu().numpy() for x in tensors]
+    return [result for result in results if result.dtype.kind == "f" or not _has_floats(results)]
 
 
 def _disturbed(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -198,5 +198,9 @@ def _built(located: artifact.Located, name: str, args: Mapping[str, Any]) -> nn.
     args = without_weights(name, args)
     stored = sum(math.prod(entry.shape) for entry in located.entries.values() if entry.dtype != "U8")
     stored += sum(math.prod(layer.shape) for layer in located.header.layers)
-    refused = f"{located.path} names a {name!r} of {{}} parameters, and holds {stored}"
+    named = located.header.network
+    if named is not None and named["name"] == name:
+        refused = f"{located.path} names a {name!r} of {{}} parameters, and holds {stored}"
+    else:
+        refused = f"model={name!r} has {{}} parameters, and {located.path} holds {stored}"
     return build_within(name, args, stored, refused)

@@ -60,8 +60,8 @@ def export_onnx(
         example_inputs: what the model is called with; real data, since the ranges of branches come from it.
         weights: "int8"; "int4" or "int2": layers of so few bits are packed, which ONNX Runtime computes in floats.
         additions: "requantized": a convolution that feeds an addition ends in 8 bits, so that it runs in integers, where every
-            layer has 8 bits or nothing is lost, and its weights are not packed; "exact": it ends in floats, and runs in floats
-            in most runtimes.
+            layer has 8 bits or nothing is lost, and its weights are not packed (a grouped or 1-d one at every width); "exact":
+            it ends in floats, and runs in floats in most runtimes.
 
     Raises:
         UserError: an extra is not installed; the network cannot be exported; the file does not compute what the model does,

@@ -112,8 +112,8 @@ class Bindings:
 
     Attributes:
         additions: "requantized" (convolutions that feed one end in 8 bits where every layer has 8 or nothing is lost, else in
-            floats) or "exact" (all end in floats, but those that are no matrix product of patches: grouped ones and those of
-            one dimension).
+            floats; grouped ones and those of one dimension, which are no matrix product of patches, in 8 bits at every width)
+            or "exact" (all end in floats, those in int32).
     """
 
     additions: str

@@ -47,7 +47,11 @@ def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
 
     def count(name: str, _input: Tensor, output: Tensor) -> None:
         shape = layers[name].stored_shape
-        macs[name] += output.numel() // batch * (shape.numel() // shape[0])
+        # A batch stands first before a convolution, and anywhere but last before a linear layer; another batch of windows or
+        # patches is a multiple of it. What has none, such as learned positions, is computed whole for one image, too.
+        before = output.shape[:1] if len(shape) > 2 else output.shape[:-1]
+        images = batch if any(size % batch == 0 for size in before) else 1
+        macs[name] += output.numel() // images * (shape.numel() // shape[0])
 
     _run_once(model, example_inputs, count)
     return {name: LayerCost(layer.stored_shape.numel(), macs[name]) for name, layer in layers.items()}
@@ -194,9 +198,9 @@ def as_budgets(budgets: Sequence[float | Mapping[str, float]]) -> list[dict[str,
                 # Both names of one cost may be there. NaN stays, and is told of later.
                 budget[name] = float(np.minimum(_number(most), budget.get(name, np.inf)))
             found.append(budget)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(
-                f"budget {one!r} is neither a number nor {{cost: number}}, such as {{'bits': 4}}"
+                f"budget {str(one)[:80]} is neither a number nor {{cost: number}}, such as {{'bits': 4}}"
             ) from error
     return found
 

@@ -13,7 +13,7 @@ from bitswitch.search.programme import Table
 from bitswitch.search.traces import Trace
 
 Form = Literal["hessian", "linear"]
-# Of the greatest trace: less than any budget asks for, and more than nothing.
+# Of the greatest trace for each weight: less than any budget asks for, and more than nothing.
 _LEAST_SHARE = 1e-6
 
 
@@ -24,7 +24,8 @@ def damage_table(model: nn.Module, traces: Mapping[str, Trace | float], form: Fo
         model: made by `bitswitch.quantize`, or loaded: it knows the squared errors of its weights.
         traces: of the float network, for every quantized layer; those of other layers are passed over.
         form: "hessian": trace_l / n_l * ||W_l(b) - W_l||^2 (HAWQ-V2, arXiv 1911.03852), a trace below 0, which is noise or a
-            saddle, counted as a millionth of the greatest, so that bits which nothing else needs still go to such a layer;
+            saddle, counted for each weight as a millionth of the greatest or as the least above 0, whichever is less, so that
+            bits which nothing else needs still go to such a layer;
             "linear": -trace_l / n_l * b, the paper's objective with its sign put right.
 
     Raises:
@@ -47,10 +48,13 @@ def damage_table(model: nn.Module, traces: Mapping[str, Trace | float], form: Fo
         weights[name] = trace / layer.stored_shape.numel()
     if form == "linear":
         return {name: {width: -weights[name] * width for width in layer.widths} for name, layer in layers.items()}
-    greatest = max(weights.values())
-    least = _LEAST_SHARE * greatest if greatest > 0 else 1.0
+    above = [weight for weight in weights.values() if weight > 0]
+    least = min(_LEAST_SHARE * max(above), *above) if above else 1.0
     return {
-        name: {width: max(weights[name], least) * error for width, error in layer.squared_errors().items()}
+        name: {
+            width: (weights[name] if weights[name] > 0 else least) * error
+            for width, error in layer.squared_errors().items()
+        }
         for name, layer in layers.items()
     }
 

@@ -50,4 +50,6 @@ def find(
     table = damage_table(model, traces, damage) if isinstance(damage, str) else damage
     problem = Problem(damage=table, costs=cost_tables(model, inputs, latency), tied=tied)
     wanted = budgets_between(problem, "bits", _POINTS) if budgets is None else as_budgets(budgets)
+    if not wanted:
+        raise UserError("budgets=[] names none: leave it out for some between the least and the greatest")
     return frontier(problem, wanted)

@@ -4,8 +4,9 @@ Tables in, choices out: nothing here knows of a network. A table is {layer: {wid
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -32,7 +33,7 @@ def no_cost(name: str, known: Mapping[str, Table]) -> UserError:
     needed = {"bitops": "example_inputs=", "latency": "latency= (in a recipe search.latency=FILE)"}.get(name)
     if needed is not None:
         return UserError(f"the cost {name!r} needs {needed}")
-    return UserError(f"no cost is named {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    return UserError(f"no cost is named {name!r}{nearest(str(name), known)}; there are {', '.join(known)}")
 
 
 def meets(cost: Mapping[str, float], budgets: Mapping[str, float]) -> bool:
@@ -72,11 +73,12 @@ class Problem:
     def __post_init__(self) -> None:
         for name, table in {"damage": self.damage, **self.costs}.items():
             check_table(name, table, self.damage)
-        if any(isinstance(group, str) for group in self.tied):
-            raise UserError(f"tied={list(self.tied)!r}: give groups of layers, [[name, name], ...]")
+        groups = self.tied if isinstance(self.tied, Sequence) else [self.tied]
+        if any(isinstance(group, str) or not isinstance(group, Collection) for group in groups):
+            raise UserError(f"tied={self.tied!r}: give groups of layers, [[name, name], ...]")
         for layer in (layer for group in self.tied for layer in group):
-            if layer not in self.damage:
-                raise UserError(f"tied layers: no layer is named {layer!r}{nearest(layer, self.damage)}")
+            if not isinstance(layer, str) or layer not in self.damage:
+                raise UserError(f"tied layers: no layer is named {layer!r}{nearest(str(layer), self.damage)}")
         for group in self.groups():
             if not set.intersection(*(set(self.damage[layer]) for layer in group)):
                 raise UserError(f"tied layers: {', '.join(group)} have no width in common")
@@ -305,16 +307,29 @@ def check_table(name: str, table: Table, layers: Table) -> None:
     Raises:
         UserError: it does.
     """
+    if not isinstance(table, Mapping):
+        raise UserError(f"table {name!r} is a {type(table).__name__}: give {{layer: {{width: number}}}}")
     if not table:
         raise UserError(f"table {name!r} holds no layers")
     for layer, widths in layers.items():
         if layer not in table:
             raise UserError(f"table {name!r} lacks layer {layer!r}")
+        if not isinstance(table[layer], Mapping):
+            raise UserError(
+                f"table {name!r} gives layer {layer!r} a {type(table[layer]).__name__}: give {{width: number}}"
+            )
         for width in widths:
             if width not in table[layer]:
                 raise UserError(f"table {name!r} lacks {width} bits of layer {layer!r}")
-            if not np.isfinite(table[layer][width]):
+            if not _is_finite(table[layer][width]):
                 raise UserError(f"table {name!r} holds {table[layer][width]} for layer {layer!r} at {width} bits")
     for layer in table:
         if layer not in layers:
-            raise UserError(f"table {name!r} has a layer {layer!r} of another network{nearest(layer, layers)}")
+            raise UserError(f"table {name!r} has a layer {layer!r} of another network{nearest(str(layer), layers)}")
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return not isinstance(number, (str, bool)) and math.isfinite(number)
+    except (TypeError, ValueError, OverflowError):
+        return False
