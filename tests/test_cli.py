@@ -17,6 +17,7 @@ import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.config import load_recipe, to_yaml
 from bitswitch.data import load_data
+from bitswitch.models import build
 from bitswitch.pipeline.execute import _config
 from bitswitch.rundir import RunDirectory
 from commands import call, one_line, run_digits
@@ -147,7 +148,7 @@ def test_a_file_system_without_locks_can_be_worked_on(monkeypatch, tmp_path):
 
 
 def test_ranks_that_do_not_share_the_run_directory_are_told(capsys, monkeypatch, copied):
-    module = sys.modules["bitswitch.pipeline.execute"]
+    module = sys.modules["bitswitch.pipeline.checks"]
     monkeypatch.setattr(module, "gather", lambda own, _: [*own, "what is in another machine's own folder"])
     one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "rank 1 does not see", "--out must be one folder")
 
@@ -184,6 +185,17 @@ def test_what_torchrun_sets_says_nothing_without_torchrun(capsys, monkeypatch, c
         (["run", "digits", "train.epochs=1:30"], ["train.epochs='1:30': input should be a valid integer"]),
         (["run", "digits", "train.eta=&a {8: *a}"], ["is not YAML: Circular reference"]),
         (["run", "digits", "train={lr: 1, lr: 2}"], ["the key 'lr' is there twice"]),
+        (["run", "digits", "train.epochs=010"], ["010 would be an octal number: write it without the leading 0"]),
+        (["run", "digits", "data.download=true"], ["leave out data.download"]),
+        (
+            ["run", "digits", "bits=[4]", "train.distillation.teacher=highest"],
+            ["teacher=highest teaches the widths below it, and there are none"],
+        ),
+        (
+            ["run", "digits", "supernet.sampler=uniform", "supernet.cap=0.5"],
+            ["supernet.sensitive and supernet.cap are hasb's, and sampler=uniform"],
+        ),
+        (["export", "digits", "--data", "images"], ["--data images is for a file: digits is a recipe"]),
         (["run", "digits", f"train={'[' * 3000}"], ["nested too deeply"]),
         (["run", "digits", "trian.epochs=3"], ["unknown key 'trian'", "did you mean 'train'"]),
         (["run", "digits", "train.epochs"], ["is not key=value"]),
@@ -819,3 +831,43 @@ def test_a_part_that_was_printed_as_null_takes_overrides(tmp_path):
     (tmp_path / "printed.yaml").write_text(to_yaml(load_recipe("digits", ["supernet=null"])))
     recipe = load_recipe(str(tmp_path / "printed.yaml"), ["supernet.epochs=3"])
     assert recipe.supernet is not None and recipe.supernet.epochs == 3
+
+
+def test_a_buffer_that_a_checkpoint_lacks_is_told(capsys, tmp_path, own_network):
+    code = (
+        "def __init__(self):\n        super().__init__()\n"
+        "        self.register_buffer('mean', torch.zeros(()), persistent=False)\n"
+        "    def forward(self, x):\n        if self.training:\n            self.mean += 1\n        return super().forward(x)"
+    )
+    named = own_network(f"import torch\n{BODY}class Own(Body):\n    {code}\n\n\ndef net(): return Own()\n")
+    with pytest.warns(UserWarning, match=r"moves the buffer 'mean' in training, .* register it as persistent"):
+        assert call(capsys, "run", "digits", *SHORT, *named, "--out", tmp_path / "x")[0] == 0
+
+
+def test_a_checkpoint_that_cannot_be_read_says_what_to_do(capsys, copied):
+    path = copied / "checkpoints" / "train.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    records = json.loads((copied / "stages.json").read_text())
+    records["train"] |= {"done": False, "outputs": {}, "result": None}
+    (copied / "stages.json").write_text(json.dumps(records))
+    result = call(capsys, "train", "digits", *SHORT, "--out", copied)
+    one_line(result, "train.pt is neither", "do its stage again with --fresh")
+
+
+def test_images_that_a_network_does_not_take_are_told(capsys, tmp_path):
+    torch.manual_seed(0)
+    network = {"name": "cifar_resnet8", "args": {}}
+    model = bs.quantize(build(**network), bits=(8, 2), example_inputs=torch.rand(4, 3, 8, 8))
+    bs.save(model, tmp_path / "m.safetensors", network=network)
+    with pytest.warns(UserWarning, match="does not say how its images are made ready"):
+        result = call(capsys, "evaluate", tmp_path / "m.safetensors", "--data", "digits")
+    one_line(result, "does not take images of [1, 8, 8], as digits has them", "expected input", "--data")
+
+
+def test_a_choice_of_too_many_digits_is_told(capsys, copied):
+    choices = {"choices": [{"assignment": dict.fromkeys(bs.widths(bs.load(copied / "model.safetensors")), 8)}]}
+    choices["choices"][0] |= {"cost": {"bits": 8}, "damage": 0, "top1": None}
+    (copied / "f.json").write_text(json.dumps(choices))
+    words = ["evaluate", copied / "model.safetensors", "--assignment"]
+    assert call(capsys, *words, f"{copied / 'f.json'}#0")[0] == 0
+    one_line(call(capsys, *words, f"{copied / 'f.json'}#{'1' * 5000}"), "has choices #0 to #0")

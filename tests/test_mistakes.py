@@ -2,16 +2,22 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import bitswitch as bs
-from bitswitch.data import Preprocessing
+from bitswitch.data import Preprocessing, load_data
 from bitswitch.errors import UserError
+from bitswitch.nn import quantized_layers
 from bitswitch.search import Trace
-from bitswitch.training import evaluate
+from bitswitch.training import Distillation, evaluate
+
+
+def table(model, number):
+    return {name: dict.fromkeys(layer.widths, number) for name, layer in quantized_layers(model).items()}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +35,36 @@ from bitswitch.training import evaluate
         (lambda m, f: bs.switch(m, {m.conv2: 4}), "is no layer's name"),
         (lambda m, f: bs.search(m, TRACES, budgets=[{"bitops": 4}]), "the cost 'bitops' needs example_inputs="),
         (lambda m, f: bs.search(m, TRACES, budgets=[{"latency": 4}]), "the cost 'latency' needs latency="),
+        (lambda m, f: bs.search(m, TRACES, budgets=[{3: 4}]), "no cost is named 3"),
+        (lambda m, f: bs.search(m, TRACES, budgets=[10**400]), "is neither a number nor {cost: number}"),
+        (lambda m, f: bs.search(m, TRACES, budgets=[]), "budgets=[] names none"),
+        (lambda m, f: bs.search(m, TRACES, damage=5), "table 'damage' is a int: give {layer: {width: number}}"),
+        (lambda m, f: bs.search(m, TRACES, damage={"conv2": 5}), "table 'damage' gives layer 'conv2' a int"),
+        (lambda m, f: bs.search(m, TRACES, damage=table(m, "a")), "table 'damage' holds a for layer"),
+        (lambda m, f: bs.search(m, TRACES, latency=5), "table 'latency' is a int"),
+        (lambda m, f: bs.search(m, TRACES, latency=table(m, True)), "table 'latency' holds True for layer"),
+        (lambda m, f: bs.search(m, TRACES, tied=5), "tied=5: give groups of layers"),
+        (lambda m, f: bs.search(m, TRACES, tied=[5]), "tied=[5]: give groups of layers"),
+        (lambda m, f: bs.search(m, TRACES, tied=[[["conv2"]]]), "tied layers: no layer is named ['conv2']"),
+        (lambda m, f: bs.hessian_trace(f, None, [], layers="conv2"), "layers='conv2': give a list, such as ['conv2']"),
+        (lambda m, f: bs.hessian_trace(f, None, [], probes=float("nan")), "probes=nan: give a number"),
+        (lambda m, f: bs.hessian_trace(f, None, [], probes=2.5), "probes=2.5: give a whole number"),
+        (lambda m, f: bs.hessian_trace(f, None, [], target="a"), "target='a': give a number"),
+        (lambda m, f: bs.hessian_trace(f, None, [], seed=-1), "seed=-1: give a whole number"),
+        (lambda m, f: bs.hessian_trace(f, None, [], rank="a"), "rank='a': give a number"),
+        (lambda m, f: bs.switch(m, np.array([8])), "has no width array([8])"),
+        (lambda m, f: bs.MultiPrecisionOptimizer(m, lr=float("inf")), "rates finite"),
+        (lambda m, f: bs.MultiPrecisionOptimizer(m, alrs="off", eta="paper"), "eta='paper' is a factor of ALRS"),
+        (lambda m, f: bs.MultiPrecisionOptimizer(m, eta={8: "x", 6: 1, 4: 1, 2: 1}), "eta[8]='x': give a number"),
+        (lambda m, f: Distillation(temperature=float("inf")), "a temperature is finite and above 0"),
+        (lambda m, f: Distillation(temperature="3"), "temperature='3': give a number"),
+        (lambda m, f: load_data("digits", download=True), "leave out data.download"),
+        (lambda m, f: load_data("digits").training_batch(0), "batch_size=0, world=1: give whole numbers above 0"),
+        (
+            lambda m, f: load_data("digits", val_fraction=0.9999).sample(1),
+            "no training images left beside those of val",
+        ),
+        (lambda m, f: evaluate(f, [], [None], predictions=[]), "there are no images to evaluate"),
         (lambda m, f: Preprocessing.from_json({"shape": [3, 8, 8]}), "lacks mean and std"),
     ],
 )
@@ -74,6 +110,9 @@ class Two(nn.Module):
     [
         (Several(lambda logits: {"logits": logits}), "the network gives a dict"),
         (Several(lambda logits: (logits, logits)), "the network gives a tuple"),
+        (Several(lambda logits: logits[:, 0]), r"the network gives a tensor \[2\] for 2 images"),
+        (Several(lambda logits: logits[:1]), r"the network gives a tensor \[1, 3\] for 2 images"),
+        (Several(lambda logits: logits[:, :, None]), r"the network gives a tensor \[2, 3, 1\] for 2 images"),
         (Two(), "cannot be called with images alone"),
     ],
 )

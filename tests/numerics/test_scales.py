@@ -215,3 +215,12 @@ def test_a_sample_meets_every_column_tap_and_feature(shape):
     assert kept.numel() <= 1 << 16
     counts = kept.long().bincount(minlength=last)
     assert counts.min() > 0.8 * kept.numel() / last
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weights_in_half_precision_have_scales_that_are_not_rounded(dtype, per_channel):
+    weight = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = start_weight_scale(weight, (8, 4, 2), per_channel=per_channel)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, start_weight_scale(weight.float(), (8, 4, 2), per_channel=per_channel))

@@ -254,3 +254,62 @@ def test_layers_of_other_widths_are_refused():
     )
     with pytest.raises(UserError, match=r"other widths than others \(0\.1 \[8, 4\], 1\.1 \[6, 2\]\)"):
         bs.MultiPrecisionOptimizer(halves)
+
+
+@pytest.mark.parametrize("clip", [0.01, 0.5, 2.0])
+def test_alrs_reads_clipped_gradients(quantized, clip):
+    """The paper's section 3: g_b is the mean of clipped gradients."""
+    optimizer = bs.MultiPrecisionOptimizer(quantized, scale_lr=1e-3, clip=clip)
+    for name, parameter in quantized.named_parameters():
+        if "quantizer" in name and (".4" in name or "weight_quantizer" in name):
+            parameter.grad = torch.full_like(parameter, -0.9)
+    optimizer.step(4)
+    rates = {group["name"]: float(group["lr"]) for group in optimizer._scales.param_groups}
+    assert rates["weights"] == pytest.approx(1e-3 * (1 - min(0.9, clip)))
+
+
+def trained(steps, memory_format=None, at=2):
+    """A network after some steps, which comes to another memory format on the way."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 5))
+    images = torch.randn(8, 3, 8, 8)
+    model = bs.quantize(net, bits=(8, 2), example_inputs=images).double()
+    optimizer = bs.MultiPrecisionOptimizer(model, lr=1e-2)
+    for step in range(steps):
+        if memory_format is not None and step == at:
+            model.to(memory_format=memory_format)
+        backward(model, images.double(), 8)
+        optimizer.step(8)
+    return model, optimizer, images.double()
+
+
+def test_a_network_may_come_to_another_memory_format():
+    plain, _, _ = trained(4)
+    moved, _, _ = trained(4, torch.channels_last)
+    for (name, a), b in zip(plain.named_parameters(), moved.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), name
+
+
+def test_a_state_goes_on_in_another_memory_format():
+    plain, _, _ = trained(3)
+    half, before, images = trained(2)
+    model = copy.deepcopy(half).to(memory_format=torch.channels_last)
+    optimizer = bs.MultiPrecisionOptimizer(model, lr=1e-2)
+    optimizer.load_state_dict(before.state_dict())
+    backward(model, images, 8)
+    optimizer.step(8)
+    for (name, a), b in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.allclose(a, b[1], rtol=1e-9, atol=1e-12), name
+
+
+def test_two_optimizers_of_one_state_share_nothing():
+    plain, _, images = trained(3)
+    model, first, _ = trained(2)
+    branch = copy.deepcopy(model)
+    second = bs.MultiPrecisionOptimizer(branch, lr=1e-2)
+    second.load_state_dict(first.state_dict())
+    for one, optimizer in ((model, first), (branch, second)):
+        backward(one, images, 8)
+        optimizer.step(8)
+        for a, b in zip(plain.parameters(), one.parameters(), strict=True):
+            assert torch.equal(a, b)

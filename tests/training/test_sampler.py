@@ -280,3 +280,30 @@ def test_a_step_moves_the_scales_of_the_widths_that_were_drawn_and_no_others():
     assert losses.shape == (2,) and len(taken) == 2
     for name, value in before.items():
         assert torch.equal(now[name], value) == (name.rpartition(".")[2] not in taken), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sampling": "fixed", "sandwich": True}, "sandwich=True draws its middle forward"),
+        ({"sigma": 2}, "sigma=2: a share of layers is from 0 to 1"),
+        ({"sigma": "1"}, "sigma='1': give a number"),
+        ({"sensitive": frozenset({"e"})}, "sensitive: no layer is named 'e'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told(changes, told):
+    with pytest.raises(UserError, match=told):
+        sampler(**changes)
+
+
+def test_a_cap_of_less_than_a_layer_is_told():
+    """HASB would draw as uniform sampling does."""
+    traces = {str(i): float(i) for i in range(7)}
+    with pytest.raises(UserError, match=r"cap=0\.1 of 7 layers is less than one: use 0\.143 or more"):
+        sensitive_layers(traces, cap=0.1)
+    assert sensitive_layers(traces, cap=0.143) == {"6"} and not sensitive_layers(traces, cap=0)
+
+
+def test_a_step_over_all_widths_draws_none():
+    one = WidthSampler(widths=(8, 6, 4, 2), forwards=4, seed=0)
+    assert one.names == ("8", "6", "4", "2") and one.draw(5) == [(width, width) for width in (8, 6, 4, 2)]

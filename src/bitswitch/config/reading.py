@@ -1,6 +1,7 @@
 """How a recipe and overrides become one checked configuration."""
 
 import json
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -86,7 +87,10 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what nobody means: a key said twice, of which the last would count, and numbers to base 60 (1:30 is 90)."""
+    """YAML without what nobody means: a key said twice, of which the last would count, and numbers to base 60 or 8.
+
+    1:30 is text here, not 90, and 010 is refused, not 8.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Here, since what a merge key brings in comes later.
@@ -103,6 +107,10 @@ class _Loader(yaml.SafeLoader):
         """What has a colon is text."""
         if ":" in node.value:
             return node.value
+        if node.tag.endswith("int") and re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value} would be an octal number: write it without the leading 0", node.start_mark
+            )
         return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
 
 

@@ -181,6 +181,10 @@ class SupernetPart(QuantizedPart):
             raise ValueError(
                 "supernet.sandwich=true draws its middle forward: use sampler=hasb or uniform, or sandwich=false"
             )
+        if self.sampler != "hasb" and (self.sensitive != "mean" or self.cap != 1):
+            raise ValueError(
+                f"supernet.sensitive and supernet.cap are hasb's, and sampler={self.sampler}: leave them out"
+            )
         return self
 
     @field_validator("sensitive")
@@ -239,6 +243,15 @@ class Recipe(_Part):
         for name, part in (("train", self.train), ("supernet", self.supernet)):
             if part is not None and isinstance(part.eta, dict) and set(part.eta) != set(self.bits):
                 raise ValueError(f"{name}.eta={part.eta}: give one factor for each of bits={list(self.bits)}")
+        return self
+
+    @model_validator(mode="after")
+    def _taught(self) -> "Recipe":
+        for name, part in (("train", self.train), ("supernet", self.supernet)):
+            if part is not None and part.distillation.teacher == "highest" and len(self.bits) == 1:
+                raise ValueError(
+                    f"{name}.distillation.teacher=highest teaches the widths below it, and there are none: use float"
+                )
         return self
 
     @model_validator(mode="after")

@@ -96,7 +96,8 @@ class DataSet(ABC):
             seed: of order and augmentation.
             device: where batches are wanted.
             rank: which contiguous share of every global batch this is.
-            world: how many ranks there are. Whatever it is, the global batches are the same.
+            world: how many ranks there are. Whatever it is, the global batches are the same, but for a training set that is
+                smaller than a batch and cannot be shared evenly: as many images are left out as the ranks cannot share.
 
         Raises:
             UserError: there are no training images, or the ranks cannot share the batch evenly.
@@ -112,6 +113,8 @@ class DataSet(ABC):
             UserError: as `training_batches`.
         """
         self._need_training_images()
+        if batch_size < 1 or world < 1:
+            raise UserError(f"batch_size={batch_size}, world={world}: give whole numbers above 0")
         if batch_size % world:
             raise UserError(
                 f"batch_size={batch_size} cannot be shared evenly by {world} ranks: use a multiple of {world}"

@@ -124,6 +124,8 @@ def _check(name: str, val_fraction: float, unreadable: str, download: bool, work
         raise UserError(f"val_fraction={val_fraction}: use a share from 0 to below 1")
     if unreadable not in ("refuse", "skip"):
         raise UserError(f"unreadable={unreadable!r}: use 'refuse' or 'skip'")
+    if download and name == "digits":
+        raise UserError("digits come with scikit-learn: leave out data.download")
     if download and name in ("imagenet", "image_folder"):
         raise UserError(f"{name} cannot be downloaded: leave out data.download, and name its folder with data.root")
     if workers < 0:
@@ -141,7 +143,8 @@ def _digits(val_fraction: float) -> MemoryDataSet:
     images = torch.from_numpy(np.rint(found.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     whole = ImageSet(images, torch.from_numpy(found.target.astype(np.int64)))
     rest, val = take_val(whole[torch.from_numpy(np.sort(train))], val_fraction)
-    pixels = rest.images.double() / 255
+    # Where val has taken all, what wants training images tells so.
+    pixels = (rest if len(rest) > 1 else val).images.double() / 255
     return MemoryDataSet(
         name="digits",
         classes=tuple(str(digit) for digit in range(10)),

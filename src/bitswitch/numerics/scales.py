@@ -73,7 +73,8 @@ def start_weight_scale(
         narrowing: how lower widths are derived.
 
     Returns:
-        A scalar tensor, or [out, 1, ...] per channel; 2^(1-h) where all weights are 0.
+        A scalar tensor, or [out, 1, ...] per channel, of the weight's dtype or float32, if that is wider; 2^(1-h) where all
+        weights are 0.
     """
     high = widths[0]
     rows = weight.shape[0] if per_channel else 1
@@ -87,7 +88,9 @@ def start_weight_scale(
     scores = torch.stack([_weight_errors(x, candidates, high, width, narrowing) for width in widths], 1)
     best = (scores / energy + _HARMLESS).log().sum(1).argmin(0)
     scale = candidates[best, torch.arange(rows, device=x.device), 0] * unit[:, 0]
-    scale = torch.where(peak[:, 0] > 0, scale, 2.0 ** (1 - high)).clamp(LEAST_SCALE, GREATEST_SCALE).to(weight.dtype)
+    scale = torch.where(peak[:, 0] > 0, scale, 2.0 ** (1 - high)).clamp(LEAST_SCALE, GREATEST_SCALE)
+    # Scales are not rounded to half precision.
+    scale = scale.to(torch.promote_types(weight.dtype, torch.float32))
     return scale.view(-1, *[1] * (weight.dim() - 1)) if per_channel else scale.view(())
 
 

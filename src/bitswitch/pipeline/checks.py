@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -105,10 +106,20 @@ def check_network(run: Run, data: DataSet, stages: Sequence[str]) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{name} cannot take images of {list(images.shape[1:])}: {reason}") from error
     _check_logits(run, data, logits, "")
+    trained = build(**about(run, data)["network"])
+    before = {key: buffer.clone() for key, buffer in trained.named_buffers() if key not in network.state_dict()}
     # Some need more images than these two when they train.
     with contextlib.suppress(Exception):
-        logits = build(**about(run, data)["network"])(images)
+        logits = trained(images)
     _check_logits(run, data, logits, " in training")
+    for key, buffer in before.items():
+        now = trained.get_buffer(key)
+        if now.shape == buffer.shape and not torch.equal(now, buffer):
+            warnings.warn(
+                f"{name} moves the buffer {key!r} in training, which its state_dict lacks (persistent=False): a run that is "
+                "taken up starts it anew; register it as persistent",
+                stacklevel=2,
+            )
     _check_weights(run, data, network, images)
     if "train" in stages:
         _check_quantized(run, data, network, tied="search" in stages)

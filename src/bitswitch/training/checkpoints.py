@@ -37,7 +37,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         raise UserError(
             f"{path} is neither an artifact (.safetensors) nor a readable checkpoint ({type(error).__name__}): "
-            "nothing in it was run"
+            "nothing in it was run; if it is a run's, do its stage again with --fresh"
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a readable checkpoint: it holds a {type(state).__name__}")

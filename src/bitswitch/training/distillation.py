@@ -1,12 +1,13 @@
 """Knowledge distillation (Hinton et al., arXiv 1503.02531)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitswitch.errors import UserError, check_word
+from bitswitch.errors import UserError, check_number, check_word
 
 Teacher = Literal["none", "float", "highest"]
 
@@ -28,9 +29,12 @@ class Distillation:
 
     def __post_init__(self) -> None:
         check_word("teacher", self.teacher, get_args(Teacher))
-        if not (self.temperature > 0 and 0 <= self.weight <= 1):
+        check_number("temperature", self.temperature)
+        check_number("weight", self.weight)
+        if not (0 < self.temperature < math.inf and 0 <= self.weight <= 1):
             raise UserError(
-                f"temperature={self.temperature!r}, weight={self.weight!r}: a temperature is above 0, a weight from 0 to 1"
+                f"temperature={self.temperature!r}, weight={self.weight!r}: a temperature is finite and above 0, a weight from "
+                "0 to 1"
             )
 
     def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:

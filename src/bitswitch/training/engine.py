@@ -70,7 +70,8 @@ class Engine:
     def finish_gradients(self, model: nn.Module) -> None:
         """Average gradients over ranks, and give activation scales the LSQ factor of the whole batch.
 
-        A quantizer sees one part of a batch and takes 1 / sqrt(N Qp) with that part's N.
+        A quantizer sees one part of a batch and takes 1 / sqrt(N Qp) with that part's N. (Of an input that has no batch, such
+        as learned positions, N is the same for every part, and its factor becomes smaller than the whole batch's.)
         """
         average_gradients(model.parameters(), self.world)
         shares = self.world.size * self.micro_batches

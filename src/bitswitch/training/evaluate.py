@@ -75,25 +75,30 @@ def evaluate(
     classes_seen: list[Tensor] = []
     with evaluating(model):
         for x, y in batches:
-            found, predicted = [], []
+            found: list[Tensor] = []
+            predicted: list[Tensor] = []
             for i, precision in enumerate(precisions):
                 with switched(model, precision) if precision is not None else nullcontext():
                     logits = _logits(forward, x)
                 if not i:
                     _check_classes(logits, y, classes)
-                found.append(_totals(logits, y))
+                best = logits.argmax(1)
+                found.append(_totals(logits, y, best))
                 if confusion is not None:
-                    _count(counts, i, logits, y)
-                predicted.append(logits.argmax(1).int())
+                    _count(counts, i, y, best, logits.shape[1])
+                if predictions is not None:
+                    predicted.append(best.int())
             rows.append(torch.stack(found))
-            classes_seen.append(torch.stack(predicted))
+            if predictions is not None:
+                classes_seen.append(torch.stack(predicted))
+    scores = _scores([row.flatten().tolist() for row in rows], precisions, world)
     if confusion is not None:
         ranks = gather([[matrix.cpu() for matrix in counts]], world)
         confusion += [torch.stack(matrices).sum(0) for matrices in zip(*filter(None, ranks), strict=True)]
     if predictions is not None:
         own = [(world.rank + i * world.size, part.cpu()) for i, part in enumerate(classes_seen)]
         predictions += torch.cat([part for _, part in sorted(gather(own, world), key=lambda pair: pair[0])], 1).unbind()
-    return _scores([row.flatten().tolist() for row in rows], precisions, world)
+    return scores
 
 
 def _logits(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -106,9 +111,10 @@ def _logits(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise UserError(
             f"the network cannot be called with images alone ({error}): score a function that wraps it"
         ) from error
-    if not isinstance(logits, Tensor):
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x):
+        given = f"a tensor {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise UserError(
-            f"the network gives a {type(logits).__name__}, and a tensor of logits, [images, classes], is needed: score a "
+            f"the network gives {given} for {len(x)} images, and a tensor of logits, [images, classes], is needed: score a "
             "function that wraps it"
         )
     return logits.float()
@@ -122,20 +128,19 @@ def _check_classes(logits: Tensor, y: Tensor, classes: int | None) -> None:
         raise UserError(f"the data have a class {int(y.max())}, the network has only {known} classes")
 
 
-def _totals(logits: Tensor, y: Tensor) -> Tensor:
+def _totals(logits: Tensor, y: Tensor, best: Tensor) -> Tensor:
     """[4]: correct at 1, correct within 5, summed loss, images; float64, which holds counts exactly."""
     # Not the first of the top five, which may be another where logits are equal: predictions and confusions are argmax's.
-    right = logits.argmax(1) == y
+    right = best == y
     among = right | (logits.topk(min(5, logits.shape[1])).indices == y[:, None]).any(1)
     loss = F.cross_entropy(logits, y, reduction="sum").double()
     return torch.stack([right.sum().double(), among.sum().double(), loss, torch.full_like(loss, len(y))])
 
 
-def _count(counts: list[Tensor], i: int, logits: Tensor, y: Tensor) -> None:
-    classes = logits.shape[1]
+def _count(counts: list[Tensor], i: int, y: Tensor, best: Tensor, classes: int) -> None:
     if len(counts) == i:
         counts.append(torch.zeros(classes, classes, dtype=torch.long, device=y.device))
-    counts[i] += torch.bincount(y * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+    counts[i] += torch.bincount(y * classes + best, minlength=classes**2).view(classes, classes)
 
 
 def _name(precision: PrecisionChoice) -> str:

@@ -1,5 +1,6 @@
 """Two Adams for a network of several precisions: one for the weights, one for the scales."""
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -53,8 +54,8 @@ class MultiPrecisionOptimizer:
         for name, number in numbers.items():
             if name != "scale_lr" or number is not None:
                 check_number(name, number)
-        if not (lr > 0 and (scale_lr is None or scale_lr > 0) and weight_decay >= 0 and clip > 0):
-            raise UserError("lr, scale_lr and clip are greater than 0, weight_decay is not negative")
+        if not (0 < lr < math.inf and (scale_lr is None or 0 < scale_lr < math.inf) and weight_decay >= 0 and clip > 0):
+            raise UserError("lr, scale_lr and clip are greater than 0, rates finite, weight_decay is not negative")
         lists = {layer.widths: name for name, layer in quantized_layers(model).items()}
         if len(lists) > 1:
             told = ", ".join(f"{name} {list(widths)}" for widths, name in lists.items())
@@ -68,6 +69,8 @@ class MultiPrecisionOptimizer:
         self.clip = clip
         self.factor = 1.0
         self.eta = self._etas(eta)
+        if alrs == "off" and set(self.eta.values()) != {1.0}:
+            raise UserError(f"eta={eta!r} is a factor of ALRS, which alrs='off' leaves out: leave eta out, too")
         if not all(0 <= value < math.inf for value in self.eta.values()):
             raise UserError(f"eta={eta!r}: a learning rate's factor is finite and not negative")
         groups = _scales(model)
@@ -94,6 +97,8 @@ class MultiPrecisionOptimizer:
             return dict.fromkeys(self.widths, float(eta))
         if not isinstance(eta, Mapping) or set(eta) != set(self.widths):
             raise UserError(f"eta={eta!r}: give 'paper', one number, or one for each of {list(self.widths)}")
+        for width in self.widths:
+            check_number(f"eta[{width}]", eta[width])
         return {width: float(eta[width]) for width in self.widths}
 
     def step(self, width: int | None = None, *, mixed: bool = False) -> None:
@@ -116,6 +121,7 @@ class MultiPrecisionOptimizer:
         if self._weights is not None:
             for group in self._weights.param_groups:
                 group["lr"] = self.lr * self.factor
+            _lay_alike(self._weights)
             self._weights.step()
             self._weights.zero_grad(set_to_none=True)
         self._step_scales(width, mixed=mixed or width is None)
@@ -133,6 +139,8 @@ class MultiPrecisionOptimizer:
 
     def _step_scales(self, width: int | None, *, mixed: bool) -> None:
         present = {g["name"]: [p.grad for p in g["params"] if p.grad is not None] for g in self._scales.param_groups}
+        # ALRS's gradients are the clipped ones.
+        self._clip(present)
         rate = self.scale_lr * self.factor
         if not mixed:
             assert width is not None
@@ -149,7 +157,6 @@ class MultiPrecisionOptimizer:
             if group["name"].startswith("offset"):
                 # An offset is in units of the data, as a weight is, whatever form the scales are learned in.
                 group["lr"] = group["lr"] * (self.lr / self.scale_lr) if self.scale_lr else 0.0
-        self._clip(present)
         self._scales.step()
         self._scales.zero_grad(set_to_none=True)
 
@@ -196,10 +203,22 @@ class MultiPrecisionOptimizer:
         for optimizer, saved in optimizers:
             if optimizer is not None:
                 decays = [group["weight_decay"] for group in optimizer.param_groups]
-                optimizer.load_state_dict(saved)
+                # torch would go on with the very tensors of the other optimizer.
+                optimizer.load_state_dict(copy.deepcopy(saved))
                 for group, decay in zip(optimizer.param_groups, decays, strict=True):
                     group["weight_decay"] = decay
         self.factor = state["factor"]
+
+
+def _lay_alike(optimizer: torch.optim.Optimizer) -> None:
+    """Give moments the strides of their parameters, which may have come to another memory format since.
+
+    torch's fused kernel goes through all of them in the order of memory.
+    """
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state and state[name].stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=state[name].dtype).copy_(state[name])
 
 
 def _sizes(optimizer: torch.optim.Optimizer | None) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from bitswitch.assignment import Assignment
-from bitswitch.errors import UserError, check_word
+from bitswitch.errors import UserError, check_number, check_word, nearest
 
 Sampling = Literal["hasb", "uniform", "fixed"]
 
@@ -24,7 +24,7 @@ def sensitive_layers(
         cap: at most this share of all layers, those of the greatest traces.
 
     Raises:
-        UserError: there are no traces, one is not finite, or a share is not from 0 to 1.
+        UserError: there are no traces, one is not finite, or a share is not from 0 to 1, or `cap` is less than one layer.
 
     >>> sorted(sensitive_layers({"a": 1.0, "b": 9.0, "c": 8.0, "d": 2.0}))
     ['b', 'c']
@@ -42,8 +42,11 @@ def sensitive_layers(
     threshold = values.mean() if above == "mean" else np.quantile(values, above)
     # The mean of equal numbers may be above them by a last digit, and a share of layers below a whole number.
     threshold -= 1e-12 * abs(threshold)
+    most = int(cap * len(values) + 1e-9)
+    if cap > 0 and not most:
+        raise UserError(f"cap={cap} of {len(values)} layers is less than one: use {1 / len(values):.3g} or more")
     ranked = sorted(traces, key=lambda name: -traces[name])
-    return frozenset(name for name in ranked[: int(cap * len(ranked) + 1e-9)] if traces[name] >= threshold)
+    return frozenset(name for name in ranked[:most] if traces[name] >= threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,15 @@ class AssignmentSampler:
 
     def __post_init__(self) -> None:
         check_word("sampling", self.sampling, get_args(Sampling))
+        check_number("sigma", self.sigma)
+        if not 0 <= self.sigma <= 1:
+            raise UserError(f"sigma={self.sigma!r}: a share of layers is from 0 to 1")
+        if self.sandwich and self.sampling == "fixed":
+            raise UserError(
+                "sandwich=True draws its middle forward: use sampling='hasb' or 'uniform', or sandwich=False"
+            )
+        for name in sorted(self.sensitive - set(self.layers)):
+            raise UserError(f"sensitive: no layer is named {name!r}{nearest(name, self.layers)}")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,6 +155,8 @@ class WidthSampler:
     @property
     def names(self) -> tuple[str, ...]:
         """What the forwards of a step stand for."""
+        if self.forwards == len(self.widths):
+            return tuple(map(str, self.widths))
         return (*(f"random {i + 1}" for i in range(self.forwards - 1)), str(self.widths[-1]))
 
     def draw(self, step: int) -> list[tuple[int, int]]:
