@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -833,15 +834,24 @@ def test_a_part_that_was_printed_as_null_takes_overrides(tmp_path):
     assert recipe.supernet is not None and recipe.supernet.epochs == 3
 
 
-def test_a_buffer_that_a_checkpoint_lacks_is_told(capsys, tmp_path, own_network):
+@pytest.mark.parametrize(
+    ("moves", "told"),
+    [("self.own += 1", True), ("self.own = None", False), ("del self.own", False), ("self.own = self.own + 0", False)],
+)
+def test_a_buffer_that_a_checkpoint_lacks_is_told(capsys, tmp_path, own_network, moves, told):
     code = (
         "def __init__(self):\n        super().__init__()\n"
-        "        self.register_buffer('mean', torch.zeros(()), persistent=False)\n"
-        "    def forward(self, x):\n        if self.training:\n            self.mean += 1\n        return super().forward(x)"
+        "        self.register_buffer('own', torch.tensor([float('nan'), 0.0]), persistent=False)\n"
+        "        self.once = True\n"
+        "    def forward(self, x):\n        if self.training and self.once:\n"
+        f"            self.once = False\n            {moves}\n        return super().forward(x)"
     )
     named = own_network(f"import torch\n{BODY}class Own(Body):\n    {code}\n\n\ndef net(): return Own()\n")
-    with pytest.warns(UserWarning, match=r"moves the buffer 'mean' in training, .* register it as persistent"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         assert call(capsys, "run", "digits", *SHORT, *named, "--out", tmp_path / "x")[0] == 0
+    messages = [str(one.message) for one in caught if "moves the buffer 'own' in training" in str(one.message)]
+    assert len(messages) == told
 
 
 def test_a_checkpoint_that_cannot_be_read_says_what_to_do(capsys, copied):

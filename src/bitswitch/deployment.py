@@ -104,14 +104,12 @@ def _with_graph(
     path: Path, images: Tensor | None, additions: Additions, data_name: str | None, network: str | None
 ) -> tuple[Source, Tensor | None, bool]:
     """What a session reads of an artifact, which gets its graph first where it has none; the images it took; whether it did."""
-    if data_name is not None:
-        images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
     try:
         source = read(path)
     except UserError:
         # No graph, or none that can be used: the file itself is sound.
         if images is None:
-            images = example_images(path, CALIBRATION_IMAGES, network=network)
+            images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
         directory = RunDirectory(path.parent)
         # Of a run, whose records are not to be written by two at once.
         with directory.locked() if directory.records() else nullcontext():
@@ -123,12 +121,17 @@ def _with_graph(
         raise UserError(
             f"{path} holds a graph already, with requantized additions: --exact is for a file without a graph"
         )
+    if images is None and data_name is not None and _is_known(path, network):
+        images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
     return source, images, False
 
 
 def _model(path: Path, network: str | None, bits: int) -> nn.Module | None:
-    """The artifact's model at this width and below; None where the file names no network, or one not ours to import."""
+    """The artifact's model at this width and below; None where its network is not known."""
+    return load(path, bits=bits, model=network) if _is_known(path, network) else None
+
+
+def _is_known(path: Path, network: str | None) -> bool:
+    """Whether the network can be built: it was given, or the file names one that is ours to import."""
     named = artifact.read_header(path).network
-    if network is None and (named is None or not is_trusted(named["name"])):
-        return None
-    return load(path, bits=bits, model=network)
+    return network is not None or (named is not None and is_trusted(named["name"]))

@@ -5,7 +5,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Collection, Iterable
-from numbers import Real
+from numbers import Integral, Real
 from types import ModuleType
 
 _LONGEST_WORD = 100
@@ -43,6 +43,16 @@ def check_number(name: str, given: object) -> None:
     """
     if isinstance(given, bool) or not isinstance(given, Real) or math.isnan(given):
         raise UserError(f"{name}={given!r}: give a number")
+
+
+def check_whole(name: str, given: object, least: int) -> None:
+    """Refuse what is no whole number, or one below the least.
+
+    Raises:
+        UserError: it names the argument.
+    """
+    if isinstance(given, bool) or not isinstance(given, Integral) or given < least:
+        raise UserError(f"{name}={given!r}: give a whole number of {least} or more")
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -94,7 +94,7 @@ def evaluate_file(
             f"{name} has no {split} images (of val a share of train, data.val_fraction): use another --split"
         )
     model, world = subject.model.to(device), world or World()
-    _check_fits(path, model, data, device)
+    _check_fits(path, model, data, split, device)
     plan = _Plan(
         split=split,
         device=device,
@@ -129,16 +129,20 @@ def evaluate_file(
 
 
 @torch.no_grad()
-def _check_fits(path: Path, model: nn.Module, data: DataSet, device: torch.device) -> None:
+def _check_fits(path: Path, model: nn.Module, data: DataSet, split: str, device: torch.device) -> None:
     """Refuse a network that does not take images of this shape, in a line, before the data are gone through."""
-    images = torch.zeros(2, *data.preprocessing.shape, device=device)
+    images, _ = next(data.evaluation_batches(split, batch_size=2, device=device))
     try:
         with evaluating(model):
             model(images)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except TypeError:
+        # Such as of a network that cannot be called with images alone: told of when it is scored.
+        return
+    except Exception as error:
+        # Whatever the user's module does.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
             f"the network of {path} does not take images of {list(images.shape[1:])}, as {data.name} has them ({reason}): give "
             "the data that it is for with --data, or the network that it is with --model"

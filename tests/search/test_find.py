@@ -126,27 +126,30 @@ def test_small_traces_are_told_apart(model):
 
 
 class Positions(nn.Module):
-    """A linear layer that reads learned positions, and one that reads sequences first, as attention does."""
+    """Layers that read learned positions, sequences first, as attention does, and every second image."""
 
-    def __init__(self):
+    def __init__(self, positions):
         super().__init__()
-        self.first, self.positions = nn.Linear(4, 8), nn.Parameter(torch.randn(5, 8))
+        self.first, self.positions = nn.Linear(4, 8), nn.Parameter(torch.randn(positions, 8))
         self.learned, self.rows, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.some = nn.Linear(8, 8)
 
     def forward(self, x):
         rows = self.rows(self.first(x).relu().expand(5, *x.shape[:1], 8)).mean(0)
-        return self.last((rows @ self.learned(self.positions).T).relu() @ self.positions)
+        some = self.some(rows[: (len(rows) + 1) // 2]).mean()
+        return self.last((rows @ self.learned(self.positions).T + some).relu() @ self.positions)
 
 
-def test_operations_are_of_one_image_whatever_the_batch():
+@pytest.mark.parametrize("positions", [5, 64])
+def test_operations_are_of_one_image_whatever_the_batch(positions):
     torch.manual_seed(0)
-    x = torch.randn(64, 4)
-    model = bs.quantize(Positions(), bits=WIDTHS, example_inputs=x)
-    for images in (1, 8, 41, 64):
-        assert {name: cost.macs for name, cost in layer_costs(model, (x[:images],)).items()} == {
-            "learned": 5 * 64,
-            "rows": 5 * 64,
-        }
+    x = torch.randn(65, 4)
+    model = bs.quantize(Positions(positions), bits=WIDTHS, example_inputs=x, keep=("positions",))
+    for images in (1, 9, 41, 65):
+        found = {name: cost.macs for name, cost in layer_costs(model, (x[:images],)).items()}
+        # Of several images the share that the layer reads.
+        some = 8 * ((images + 1) // 2) // images * 8
+        assert found == {"learned": positions * 64, "rows": 5 * 64, "some": some}
 
 
 @pytest.mark.parametrize(

@@ -298,10 +298,12 @@ def test_what_cannot_be_drawn_is_told(changes, told):
 
 def test_a_cap_of_less_than_a_layer_is_told():
     """HASB would draw as uniform sampling does."""
-    traces = {str(i): float(i) for i in range(7)}
-    with pytest.raises(UserError, match=r"cap=0\.1 of 7 layers is less than one: use 0\.143 or more"):
-        sensitive_layers(traces, cap=0.1)
-    assert sensitive_layers(traces, cap=0.143) == {"6"} and not sensitive_layers(traces, cap=0)
+    for count in (3, 7, 9, 12):
+        traces = {str(i): float(i) for i in range(count)}
+        with pytest.raises(UserError, match=f"of {count} layers is less than one: use ") as caught:
+            sensitive_layers(traces, cap=0.9 / count)
+        least = float(str(caught.value).partition("use ")[2].partition(" ")[0])
+        assert sensitive_layers(traces, cap=least) == {str(count - 1)} and not sensitive_layers(traces, cap=0)
 
 
 def test_a_step_over_all_widths_draws_none():

@@ -107,10 +107,9 @@ class _Loader(yaml.SafeLoader):
         """What has a colon is text."""
         if ":" in node.value:
             return node.value
-        if node.tag.endswith("int") and re.fullmatch(r"[-+]?0[0-9_]+", node.value):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{node.value} would be an octal number: write it without the leading 0", node.start_mark
-            )
+        if node.tag.endswith("int") and re.fullmatch(r"[-+]?0[0-9_]*[1-9][0-9_]*", node.value):
+            told = f"{node.value} would be an octal number: write it without the leading 0, or in quotes"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark)
         return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
 
 

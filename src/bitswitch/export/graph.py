@@ -31,6 +31,8 @@ from bitswitch.runtime.whole_bias import LEAST_SCALE
 # eight bits would.
 _GREATEST_NOISE = 0.5
 _GREATEST_OWN_NOISE = 2.0
+# The same of whole numbers, such as classes: this share may be others.
+_MOST_OTHERS = 0.1
 _ROUNDING = 1e-9
 _DISTURBANCE = 2.0**-8
 _HALF = (torch.float16, torch.bfloat16)
@@ -228,7 +230,7 @@ def hold_against(
     disturbed = None
     for number, (wanted, result) in enumerate(zip(expected, found, strict=True)):
         noise, signal = _noise(wanted, result)
-        if noise <= _GREATEST_NOISE * signal:
+        if noise <= (_GREATEST_NOISE if wanted.dtype.kind == "f" else _MOST_OTHERS) * signal:
             continue
         disturbed = disturbed or _results(model, assignment, _disturbed(inputs))
         comparable = np.isfinite(wanted) & np.isfinite(disturbed[number])
@@ -264,13 +266,15 @@ def _has_floats(results: Sequence[np.ndarray]) -> bool:
 def _results(model: nn.Module, assignment: Mapping[str, int], inputs: tuple[Any, ...]) -> list[np.ndarray]:
     """The model's results at an assignment, float64; complex ones as ONNX has them, in pairs.
 
-    Those of whole numbers, such as places and classes, turn with the last bit of what they are the greatest of: they are left
-    out where there are others.
+    Whole numbers, such as places and classes, turn with the last bit of what they are the greatest of: they are left out where
+    there are others.
     """
     place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with evaluating(model), switched(model, assignment):
         leaves = tree_leaves(model(*tree_map_only(Tensor, lambda x: x.to(place), inputs)))
-    tensors = [torch.view_as_real(x) if x.is_complex() else x for x in leaves if isinstance(x, Tensor)]
+    # A size of the input is a result of the graph, too.
+    tensors = [torch.as_tensor(x) for x in leaves if isinstance(x, Tensor | int)]
+    tensors = [torch.view_as_real(x) if x.is_complex() else x for x in tensors]
     results = [(x.double() if x.is_floating_point() else x).cpu().numpy() for x in tensors]
     return [result for result in results if result.dtype.kind == "f" or not _has_floats(results)]
 

@@ -61,7 +61,8 @@ def quantize(
         example_inputs: what the network is called with, a tensor or a tuple of arguments: real data, a batch or more,
             since activation scales and their kinds (unsigned, signed, with zero-point) are chosen from it.
         bits: bit-widths from 2 to 8, highest first.
-        keep: layers that stay float, as names or patterns ("blocks.*.fc1"), on top of the first and the last.
+        keep: layers that stay float, as names or patterns ("blocks.*.fc1"), on top of the first and the last; of what stays
+            float anyway the warning is left out.
         keep_first_last: keep the first and the last layer that run float, as the paper does.
         method: "double_rounding"; or, to compare with, "per_width" (a weight scale for each width), "lsq", "adabits",
             "bit_mixer", "centred": these keep float weights and cannot be saved.
@@ -101,8 +102,8 @@ def quantize(
     refused = replace_attention(copied)
     named = dict(copied.named_modules())
     candidates = {name: m for name, m in named.items() if _can_be_swapped(m)}
-    kept = _matching(keep, named)
     seen = trace(copied, inputs, candidates)
+    kept = _matching(keep, [*named, *seen.bare_products])
     running = [name for name in seen.order if name not in seen.read_elsewhere]
     ends = {seen.order[0], seen.order[-1]} if keep_first_last and running else set()
     chosen = [name for name in running if name not in kept and name not in ends]
@@ -137,8 +138,8 @@ def _can_be_swapped(module: nn.Module) -> bool:
     return type(module) in QUANTIZED and own_weight and not has_other_forward(module)
 
 
-def _matching(patterns: Sequence[str] | None, named: Mapping[str, nn.Module]) -> set[str]:
-    """The modules that a name or pattern names, and all that is inside them."""
+def _matching(patterns: Sequence[str] | None, named: Sequence[str]) -> set[str]:
+    """The modules, and parameters outside any layer, that a name or pattern names, and all that is inside them."""
     if isinstance(patterns, str):
         patterns = (patterns,)
     found: set[str] = set()

@@ -18,6 +18,7 @@ from bitswitch.models import build, load_weights
 from bitswitch.nn import quantized_layers
 from bitswitch.pipeline.run import Run, about, build_network, quantized
 from bitswitch.training.distributed import barrier, gather
+from bitswitch.training.sampler import most_sensitive
 
 
 def check_parts(run: Run, parts: Mapping[str, str]) -> None:
@@ -107,22 +108,24 @@ def check_network(run: Run, data: DataSet, stages: Sequence[str]) -> None:
         raise UserError(f"{name} cannot take images of {list(images.shape[1:])}: {reason}") from error
     _check_logits(run, data, logits, "")
     trained = build(**about(run, data)["network"])
-    before = {key: buffer.clone() for key, buffer in trained.named_buffers() if key not in network.state_dict()}
+    kept = network.state_dict().keys()
+    before = {key: buffer.clone() for key, buffer in trained.named_buffers() if key not in kept}
     # Some need more images than these two when they train.
     with contextlib.suppress(Exception):
         logits = trained(images)
     _check_logits(run, data, logits, " in training")
-    for key, buffer in before.items():
-        now = trained.get_buffer(key)
-        if now.shape == buffer.shape and not torch.equal(now, buffer):
+    for key, now in trained.named_buffers():
+        # What is made when it is needed, such as a cache, has another shape or is gone.
+        was = before.get(key)
+        if was is not None and now.shape == was.shape and bool(((now != was) & ~(now.isnan() & was.isnan())).any()):
             warnings.warn(
-                f"{name} moves the buffer {key!r} in training, which its state_dict lacks (persistent=False): a run that is "
-                "taken up starts it anew; register it as persistent",
+                f"{name} moves the buffer {key!r} in training, which its state_dict lacks (persistent=False), so that a run "
+                "that is taken up starts it anew: if later steps read it, register it as persistent",
                 stacklevel=2,
             )
     _check_weights(run, data, network, images)
     if "train" in stages:
-        _check_quantized(run, data, network, tied="search" in stages)
+        _check_quantized(run, data, network, stages)
 
 
 def check_tied(run: Run, data: DataSet) -> None:
@@ -132,12 +135,14 @@ def check_tied(run: Run, data: DataSet) -> None:
         UserError: it does.
     """
     if run.recipe.search.tied:
-        _check_quantized(run, data, build(**about(run, data)["network"]).eval(), tied=True)
+        _check_quantized(run, data, build(**about(run, data)["network"]).eval(), ["search"])
 
 
-def _check_quantized(run: Run, data: DataSet, network: nn.Module, *, tied: bool) -> None:
+def _check_quantized(run: Run, data: DataSet, network: nn.Module, stages: Sequence[str]) -> None:
     layers = quantized_layers(quantized(run, data, network, images=2))
-    for layer in itertools.chain.from_iterable(run.recipe.search.tied if tied else ()):
+    if "supernet" in stages and run.recipe.supernet is not None:
+        most_sensitive(run.recipe.supernet.cap, len(layers))
+    for layer in itertools.chain.from_iterable(run.recipe.search.tied if "search" in stages else ()):
         if layer not in layers:
             raise UserError(f"search.tied: no layer that is quantized is named {layer!r}{nearest(layer, layers)}")
 

@@ -1,7 +1,7 @@
 """Costs of layers at each width: what a choice of widths is budgeted by."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from bitswitch import files
 from bitswitch.errors import UserError
@@ -43,18 +44,31 @@ def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
     batch = len(example_inputs[0])
     if not batch:
         raise UserError("example_inputs hold no image to count operations for")
-    macs = dict.fromkeys(layers, 0)
+    whole = _results_of(model, example_inputs)
+    # What does not grow with the batch, such as a layer that reads learned positions, is computed whole for one image, too.
+    without_one = tree_map_only(Tensor, lambda x: x[:-1] if x.dim() and len(x) == batch else x, example_inputs)
+    less: dict[str, int] = {}
+    if batch > 1:
+        # Some take batches of one size alone.
+        with suppress(Exception):
+            less = _results_of(model, without_one)
+    per_image = {name: count // (1 if less.get(name) == count else batch) for name, count in whole.items()}
+    shapes = {name: layer.stored_shape for name, layer in layers.items()}
+    return {
+        name: LayerCost(shape.numel(), per_image.get(name, 0) * (shape.numel() // shape[0]))
+        for name, shape in shapes.items()
+    }
+
+
+def _results_of(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, int]:
+    """How many numbers every quantized layer that runs gives."""
+    found: dict[str, int] = {}
 
     def count(name: str, _input: Tensor, output: Tensor) -> None:
-        shape = layers[name].stored_shape
-        # A batch stands first before a convolution, and anywhere but last before a linear layer; another batch of windows or
-        # patches is a multiple of it. What has none, such as learned positions, is computed whole for one image, too.
-        before = output.shape[:1] if len(shape) > 2 else output.shape[:-1]
-        images = batch if any(size % batch == 0 for size in before) else 1
-        macs[name] += output.numel() // images * (shape.numel() // shape[0])
+        found[name] = found.get(name, 0) + output.numel()
 
-    _run_once(model, example_inputs, count)
-    return {name: LayerCost(layer.stored_shape.numel(), macs[name]) for name, layer in layers.items()}
+    _run_once(model, inputs, count)
+    return found
 
 
 def shared_inputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[list[str]]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitswitch.errors import UserError, check_number, nearest
+from bitswitch.errors import UserError, check_number, check_whole, nearest
 from bitswitch.nn import QuantizedLayer, evaluating, unwrapped
 from bitswitch.nn.plan import replace_attention
 from bitswitch.search.passes import TRACED, Layer, LossFunction
@@ -64,15 +64,15 @@ def hessian_trace(
         UserError: a number is out of range, a name is no layer's, the model is quantized, the loss does not depend on a named
             layer, there are no batches or they cannot be visited again, or a trace is not finite.
     """
-    check_number("probes", probes)
-    if probes < 2 or probes != int(probes):
-        raise UserError(f"probes={probes}: give a whole number, for a standard error at least 2")
-    for name, given in {"target": 1 if target is None else target, "seed": seed, "rank": rank, "ranks": ranks}.items():
-        check_number(name, given)
+    # A standard error needs two.
+    check_whole("probes", probes, 2)
+    check_whole("seed", seed, 0)
+    check_whole("rank", rank, 0)
+    check_whole("ranks", ranks, 1)
+    if target is not None:
+        check_number("target", target)
     if target is not None and not 0 < target < math.inf:
         raise UserError(f"target={target!r}: an error to reach is a number above 0; None takes one round")
-    if seed < 0 or seed != int(seed):
-        raise UserError(f"seed={seed}: give a whole number of 0 or more")
     if not 0 <= rank < ranks:
         raise UserError(f"rank={rank} is none of ranks={ranks}: they count from 0")
     if isinstance(layers, str):

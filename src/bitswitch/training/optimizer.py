@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -93,7 +94,8 @@ class MultiPrecisionOptimizer:
     def _etas(self, eta: Literal["paper"] | float | Mapping[int, float]) -> dict[int, float]:
         if eta == "paper":
             return {width: paper_eta(self.widths[0], width) for width in self.widths}
-        if isinstance(eta, (int, float)):
+        if isinstance(eta, Real):
+            check_number("eta", eta)
             return dict.fromkeys(self.widths, float(eta))
         if not isinstance(eta, Mapping) or set(eta) != set(self.widths):
             raise UserError(f"eta={eta!r}: give 'paper', one number, or one for each of {list(self.widths)}")
@@ -218,7 +220,10 @@ def _lay_alike(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             if name in state and state[name].stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=state[name].dtype).copy_(state[name])
+                laid = torch.empty_like(parameter, dtype=state[name].dtype)
+                # Of a parameter that is a part of another tensor there is none of its strides.
+                if laid.stride() == parameter.stride():
+                    state[name] = laid.copy_(state[name])
 
 
 def _sizes(optimizer: torch.optim.Optimizer | None) -> list[int]:

@@ -1,5 +1,6 @@
 """Which width every layer has in a step of SuperNet training (arXiv 2502.01199, section 5)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -42,11 +43,22 @@ def sensitive_layers(
     threshold = values.mean() if above == "mean" else np.quantile(values, above)
     # The mean of equal numbers may be above them by a last digit, and a share of layers below a whole number.
     threshold -= 1e-12 * abs(threshold)
-    most = int(cap * len(values) + 1e-9)
-    if cap > 0 and not most:
-        raise UserError(f"cap={cap} of {len(values)} layers is less than one: use {1 / len(values):.3g} or more")
+    most = most_sensitive(cap, len(values))
     ranked = sorted(traces, key=lambda name: -traces[name])
     return frozenset(name for name in ranked[:most] if traces[name] >= threshold)
+
+
+def most_sensitive(cap: float, layers: int) -> int:
+    """How many of so many layers a cap leaves.
+
+    Raises:
+        UserError: none, of a cap above 0: HASB would draw all layers evenly.
+    """
+    most = int(cap * layers + 1e-9)
+    if cap > 0 and not most:
+        least = math.ceil(1000 / layers) / 1000
+        raise UserError(f"cap={cap} of {layers} layers is less than one: use {least} or more, or sampler=uniform")
+    return most
 
 
 @dataclass(frozen=True, kw_only=True)
