@@ -102,8 +102,9 @@ def quantize(
     refused = replace_attention(copied)
     named = dict(copied.named_modules())
     candidates = {name: m for name, m in named.items() if _can_be_swapped(m)}
+    patterns = _patterns(keep)
     seen = trace(copied, inputs, candidates)
-    kept = _matching(keep, [*named, *seen.bare_products])
+    kept = _matching(patterns, [*named, *seen.bare_products])
     running = [name for name in seen.order if name not in seen.read_elsewhere]
     ends = {seen.order[0], seen.order[-1]} if keep_first_last and running else set()
     chosen = [name for name in running if name not in kept and name not in ends]
@@ -138,16 +139,20 @@ def _can_be_swapped(module: nn.Module) -> bool:
     return type(module) in QUANTIZED and own_weight and not has_other_forward(module)
 
 
-def _matching(patterns: Sequence[str] | None, named: Sequence[str]) -> set[str]:
-    """The modules, and parameters outside any layer, that a name or pattern names, and all that is inside them."""
-    if isinstance(patterns, str):
-        patterns = (patterns,)
-    found: set[str] = set()
-    for pattern in patterns or ():
+def _patterns(keep: Sequence[str] | None) -> Sequence[str]:
+    patterns = (keep,) if isinstance(keep, str) else keep or ()
+    for pattern in patterns:
         if not isinstance(pattern, str):
             raise UserError(
                 f"keep holds a {type(pattern).__name__}: name layers, or give patterns such as 'blocks.*.fc1'"
             )
+    return patterns
+
+
+def _matching(patterns: Sequence[str], named: Sequence[str]) -> set[str]:
+    """The modules, and parameters outside any layer, that a name or pattern names, and all that is inside them."""
+    found: set[str] = set()
+    for pattern in patterns:
         hits = {name for name in named if name and (name == pattern or fnmatchcase(name, pattern))}
         if not hits:
             raise UserError(f"keep={pattern!r} names no layer{nearest(pattern, named)}")
