@@ -60,7 +60,7 @@ def table(model, number):
         (lambda m, f: bs.MultiPrecisionOptimizer(m, lr=float("inf")), "rates finite"),
         (lambda m, f: bs.MultiPrecisionOptimizer(m, alrs="off", eta="paper"), "eta='paper' is a factor of ALRS"),
         (lambda m, f: bs.MultiPrecisionOptimizer(m, eta={8: "x", 6: 1, 4: 1, 2: 1}), "eta[8]='x': give a number"),
-        (lambda m, f: Distillation(temperature=float("inf")), "a temperature is finite and above 0"),
+        (lambda m, f: Distillation(temperature=float("inf")), "a temperature is above 0 and finite"),
         (lambda m, f: Distillation(temperature="3"), "temperature='3': give a number"),
         (lambda m, f: load_data("digits", download=True), "leave out data.download"),
         (lambda m, f: load_data("digits").training_batch(0), "batch_size=0, world=1: give whole numbers above 0"),

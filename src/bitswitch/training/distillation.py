@@ -32,10 +32,8 @@ class Distillation:
         check_number("temperature", self.temperature)
         check_number("weight", self.weight)
         if not (0 < self.temperature < math.inf and 0 <= self.weight <= 1):
-            raise UserError(
-                f"temperature={self.temperature!r}, weight={self.weight!r}: a temperature is finite and above 0, a weight from "
-                "0 to 1"
-            )
+            given = f"temperature={self.temperature!r}, weight={self.weight!r}"
+            raise UserError(f"{given}: a temperature is above 0 and finite, a weight from 0 to 1")
 
     def loss(self, logits: Tensor, labels: Tensor, teacher: Tensor | None) -> Tensor:
         """Mean loss over a batch.
