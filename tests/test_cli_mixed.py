@@ -409,6 +409,19 @@ def test_export_and_the_session(capsys, copied):
     assert set(graph) == {"8", "6", "4", "2"} and all(report["integer"] >= 6 for report in graph.values())
 
 
+def test_a_mixture_of_the_same_average_keeps_its_file(capsys, copied, tmp_path):
+    file = copied / "supernet.safetensors"
+    first, second, *rest = [layer.name for layer in read_header(file).layers]
+    assert rest
+    for high, low, expected in ((first, second, ""), (second, first, "-1"), (first, second, "")):
+        (tmp_path / "one.json").write_text(json.dumps(dict.fromkeys(rest, 4) | {high: 8, low: 2}))
+        status, out, err = call(capsys, "export", file, "--assignment", tmp_path / "one.json", "--json")
+        assert status == 0, err
+        (row,) = json.loads(out)["files"]
+        assert row["file"].endswith(f"bit{expected}.onnx")
+    assert len(list((copied / "onnx").iterdir())) == 2
+
+
 def test_export_makes_a_graph_anew_that_is_of_another_version(capsys, copied):
     file = copied / "model.safetensors"
     words = ["export", file, "--bits", "4", "--json"]

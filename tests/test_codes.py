@@ -56,6 +56,14 @@ def test_narrowed_codes_in_the_unit_of_the_wide_ones(high, low, dtype):
     assert codes.tolist() == every_code(high)
 
 
+@pytest.mark.parametrize("width", [np.int8, np.uint8, np.uint64, np.int64], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("function", [narrow, narrow_in_unit])
+def test_widths_of_numpy_are_widths(function, width):
+    codes = np.array(every_code(8), np.int8)
+    got = function(codes, width(8), width(2))
+    assert got.dtype == np.int8 and got.tolist() == function(codes, 8, 2).tolist()
+
+
 @pytest.mark.parametrize(("high", "low"), [pair for pair in PAIRS if pair[0] > pair[1]])
 def test_narrowing_is_no_bare_shift_and_no_rounding_to_even(high, low):
     codes = np.array(every_code(high))

@@ -59,6 +59,7 @@ def test_nearest():
     assert nearest("zzz", ["epochs"]) == ""
     # To compare what a hostile file may hold would take hours.
     assert nearest("a" * 101, ["a" * 102]) == ""
+    assert nearest("a" * 100, ["a" * 101, "a" * 90]) == f"; did you mean {'a' * 90!r}?"
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -68,6 +69,15 @@ def test_a_link_stays_a_link(tmp_path):
         assert (tmp_path / "link").is_symlink()
         assert (tmp_path / "target").read_bytes() == content
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "target"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files away")
+def test_whose_a_file_is_stays(tmp_path):
+    (tmp_path / "a").write_bytes(b"one")
+    os.chown(tmp_path / "a", 12345, 23456)
+    files.write(tmp_path / "a", b"two")
+    found = (tmp_path / "a").stat()
+    assert (found.st_uid, found.st_gid) == (12345, 23456)
 
 
 def test_who_may_read_a_file_stays(tmp_path):

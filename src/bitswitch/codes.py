@@ -73,6 +73,7 @@ def narrow(q: Codes, high: int, low: int) -> Codes:
     >>> narrow(np.array([-128, -33, -32, 31, 32, 127], np.int8), 8, 2)
     array([-2, -1,  0,  0,  1,  1], dtype=int8)
     """
+    high, low = _plain(high), _plain(low)
     if _nothing_to_narrow(q, high, low):
         return q
     q = _plus_half(q, high, high - low)
@@ -88,6 +89,7 @@ def narrow_in_unit(q: Codes, high: int, low: int) -> Codes:
     >>> narrow_in_unit(np.array([-128, -33, -32, 31, 32, 127], np.int8), 8, 2)
     array([-128,  -64,    0,    0,   64,   64], dtype=int8)
     """
+    high, low = _plain(high), _plain(low)
     if _nothing_to_narrow(q, high, low):
         return q
     q = _plus_half(q, high, high - low)
@@ -96,8 +98,13 @@ def narrow_in_unit(q: Codes, high: int, low: int) -> Codes:
     return q
 
 
+def _plain(width: Any) -> Any:
+    # NumPy's scalars would bring their own type into the codes.
+    return int(width) if isinstance(width, np.integer) else width
+
+
 def _nothing_to_narrow(q: Any, high: int, low: int) -> bool:
-    plain = isinstance(high, (int, np.integer)) and isinstance(low, (int, np.integer))
+    plain = isinstance(high, int) and isinstance(low, int)
     if plain and not LEAST_BITS <= low <= high <= MOST_BITS:
         raise UserError(f"cannot narrow from {high} to {low} bits: need {LEAST_BITS} <= low <= high <= {MOST_BITS}")
     if not str(q.dtype).removeprefix("torch.").startswith("int"):

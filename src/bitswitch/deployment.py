@@ -1,5 +1,6 @@
 """From a trained file to what runs without torch: the graph in the artifact, ONNX files, what a graph is made of."""
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -38,7 +39,7 @@ def export(
     Args:
         path: the artifact.
         folder: where the ONNX files go: `<name>-4bit.onnx`, or by the average width of its layers
-            `<name>-mixed-3.44bit.onnx`, with a number more where several have the same.
+            `<name>-mixed-3.44bit.onnx`, with a number more where another mixture has the same.
         bits: widths; all whose planes the file holds where neither this nor `assignment` is given.
         assignment: as in `bitswitch.evaluation.evaluate_file`.
         weights: "int8", "int4" or "int2".
@@ -58,7 +59,7 @@ def export(
     """
     require("onnxscript", "onnx")
     require("onnxruntime", "runtime")
-    from bitswitch.export.onnx import Weights, export_file, packed_products
+    from bitswitch.export.onnx import Weights, assignment_of, export_file, packed_products
 
     located, _, held = artifact.read_held(path)
     header = located.header
@@ -80,12 +81,14 @@ def export(
         source.assignment(one)
     model = _model(path, network, held[0])
     made: list[dict[str, Any]] = []
-    names: set[str] = set()
-    for i, one in enumerate(wanted or held):
-        name = f"{one}bit" if isinstance(one, int) else f"mixed-{statistics.mean(one.values()):.2f}bit"
-        name = f"{name}-{i}" if name in names else name
-        names.add(name)
-        file = folder / f"{path.stem}-{name}.onnx"
+    for one in wanted or held:
+        name = f"{path.stem}-{one}bit" if isinstance(one, int) else f"{path.stem}-mixed-{_average(one)}bit"
+        file = folder / f"{name}.onnx"
+        for number in itertools.count(1):
+            # A mixture of the same average, of this call or an earlier one, keeps its file.
+            if isinstance(one, int) or assignment_of(file) in (None, source.assignment(one).to_json()):
+                break
+            file = folder / f"{name}-{number}.onnx"
         used = export_file(
             path,
             file,
@@ -98,6 +101,10 @@ def export(
         row |= {"weights": weights if packed_products(source.bindings, used, weights) else "int8"}  # type: ignore[arg-type]
         made.append(row if isinstance(one, int) else row | {"assignment": used.to_json()})
     return {"files": made, "graph_added": added, "held_against_torch": model is not None}
+
+
+def _average(mixture: Mapping[str, int]) -> str:
+    return f"{statistics.mean(mixture.values()):.2f}"
 
 
 def _with_graph(

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from types import ModuleType
 
 _LONGEST_WORD = 100
-_MOST_WORDS = 10_000
+_MOST_WORDS = 1_000
 
 
 class UserError(ValueError):
@@ -21,7 +21,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     # Of what a hostile file holds, comparing could take hours.
     if len(name) > _LONGEST_WORD:
         return ""
-    matches = difflib.get_close_matches(name, itertools.islice(known, _MOST_WORDS), n=1, cutoff=0.5)
+    near = (word for word in known if len(word) <= _LONGEST_WORD)
+    matches = difflib.get_close_matches(name, itertools.islice(near, _MOST_WORDS), n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 

@@ -21,7 +21,8 @@ def write(path: str | Path, content: bytes) -> None:
     """Write `content` to `path`: a temporary file beside it, flushed to the disk, then renamed over it.
 
     Whatever goes wrong, the earlier file is whole; a temporary file is left only where the process was killed. Of a symbolic
-    link the file that it leads to is written. Who may read an earlier file may read the new one.
+    link the file that it leads to is written. Who may read an earlier file may read the new one: its
+    owner, group and mode are kept as far as this user may set them.
 
     Raises:
         UserError: the file cannot be written (full disk, no permission, no such folder), or is a URL, a device or a pipe.
@@ -35,15 +36,18 @@ def write(path: str | Path, content: bytes) -> None:
         # A part of the name, so that a name as long as the file system takes can be written to.
         beside = path.with_name(f".{path.name[:48]}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        mode = path.stat().st_mode if path.exists() else None
-        if mode is not None and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        earlier = path.stat() if path.exists() else None
+        if earlier is not None and not (stat.S_ISREG(earlier.st_mode) or stat.S_ISDIR(earlier.st_mode)):
             raise OSError("it is a device or a pipe, which a file would replace")
         with beside.open("xb") as stream:
             temporary = beside
-            if mode is not None:
-                # Before anything is in it. Some file systems have no modes to change.
+            if earlier is not None:
+                # Before anything is in it. Some file systems have no modes to change, and not everybody may give files away.
+                for owner, group in ((-1, earlier.st_gid), (earlier.st_uid, -1)):
+                    with contextlib.suppress(OSError, AttributeError):
+                        os.chown(temporary, owner, group)
                 with contextlib.suppress(OSError):
-                    temporary.chmod(stat.S_IMODE(mode))
+                    temporary.chmod(stat.S_IMODE(earlier.st_mode))
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

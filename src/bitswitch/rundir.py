@@ -5,6 +5,7 @@ import errno
 import importlib
 import itertools
 import json
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process alone; temporary files of killed processes are removed.
+        """Hold the directory for this process alone; temporary files that killed runs left of its own files are removed.
 
         Warns:
             UserWarning: its file system has no locks.
@@ -196,10 +197,14 @@ class RunDirectory:
 
     @staticmethod
     def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+        before = path.stat().st_size if path.exists() else 0
         try:
             with path.open("a", encoding="utf-8") as stream:
                 stream.write("".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
+            # A full disk takes a part of what it is given.
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)
             raise UserError(f"cannot write {path}: {error.strerror}; what was there before is as it was") from error
 
 

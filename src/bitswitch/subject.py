@@ -96,9 +96,9 @@ def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> S
     try:
         about, plan = state["about"], Plan.from_json(state["plan"]) if "plan" in state else None
         known = {key: about[key] for key in ("preprocessing", "data", "data_config")}
-        named, args = about["network"]["name"], dict(about["network"]["args"])
-        classes, weights = tuple(about["classes"]), dict(state["model"])
-    except (KeyError, TypeError, ValueError) as error:
+        named, args = str(about["network"]["name"]), dict(about["network"]["args"])
+        classes, weights = tuple(about["classes"]), {str(key): value for key, value in state["model"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a whole checkpoint of a stage ({error!r})") from error
     name = network or named
     if network is None and not is_trusted(name):
@@ -156,4 +156,4 @@ def data_for(path: str | Path, name: str, subject: Subject) -> DataSet:
 
 
 def _few(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''} ({len(names)})"
+    return f"{', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''} ({len(names)})"

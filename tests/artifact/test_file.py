@@ -1,3 +1,4 @@
+import hashlib
 import importlib.util
 import json
 import os
@@ -239,11 +240,41 @@ def test_a_key_twice_in_the_header(path):
         (lambda h: h["layers"][0].update(shape=[2**48]), None, "has the shape"),
         (lambda h: h["layers"][0].update(shape=[8, 8, 3, 4]), None, "tensor 'plane.0' is U8"),
         (lambda h: h.update(widths=[4, 2]), None, "damaged"),
+        (None, lambda t: t["bn2.running_var"].__setitem__((0, 0), -1), "'bn2.running_var' holds what no batch"),
+        (None, lambda t: t["bn2.running_mean"].__setitem__((0, 0), np.nan), "'bn2.running_mean' holds what no batch"),
+        (None, lambda t: t["bn2.weight"].__setitem__((0, 0), np.inf), "'bn2.weight' holds what no batch"),
+        (lambda h: h["layers"][0]["squared_error"].update({"08": 1.0}), None, "lacks the squared error"),
+        (lambda h: h["layers"][0]["squared_error"].update({"8": True}), None, "lacks the squared error"),
+        (lambda h: h["layers"][0]["squared_error"].update({"8": -1.0}), None, "lacks the squared error"),
     ],
 )
 def test_a_forged_file_is_refused(path, header, tensors, message):
     rewrite(path, header or (lambda h: None), tensors or (lambda t: None))
     assert message in refusal(path)
+
+
+def test_half_a_surrogate_pair_which_could_not_be_written_again_is_refused(path):
+    table, tensors = table_of(path.read_bytes())
+    header = json.loads(table["__metadata__"][KEY]) | {"classes": ["\ud800"], "digest": "0" * 64}
+    text = json.dumps(header)
+    table["__metadata__"][KEY] = text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest())
+    path.write_bytes(with_table(table, tensors))
+    assert "surrogates not allowed" in refusal(path)
+
+
+def test_metadata_that_are_no_text_are_refused(path):
+    table, tensors = table_of(path.read_bytes())
+    table["__metadata__"]["more"] = 3
+    path.write_bytes(with_table(table, tensors))
+    assert "no such header" in refusal(path)
+
+
+def test_classes_by_name_have_no_order(path, tmp_path, quantized):
+    for classes in ({"zebra": 0, "ant": 1}, [3], "abc"):
+        with pytest.raises(UserError, match="no tuple of names in the order of the logits"):
+            bs.save(quantized, tmp_path / "other", classes=classes)
+    bs.save(quantized, tmp_path / "other", classes=["zebra", "ant"])
+    assert artifact.read_header(tmp_path / "other").classes == ("zebra", "ant")
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])
@@ -306,6 +337,9 @@ def test_another_version_is_refused(path, version):
         {"network": {}},
         {"checksums": None},
         {"classes": 3},
+        {"classes": "abc"},
+        {"classes": {"a": 0, "b": 1}},
+        {"classes": [1, None]},
         {"frontier": [3]},
         {"extra": 1},
     ],

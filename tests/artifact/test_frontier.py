@@ -101,6 +101,16 @@ def test_load_takes_a_budget(tmp_path, model):
         bs.load(path, model=net, assignment="avg<=1")
 
 
+def test_any_name_of_a_cost_can_be_asked_for():
+    costs = {"bits": 4.0, "latency_ms2": 3.0, "Energy per image": 2.0}
+    choice = {"assignment": {"a": 4}, "cost": costs, "damage": 1.0, "top1": None}
+    assert within_budget([choice], " latency_ms2 <= 3") == within_budget([choice], "Energy per image<=2") == choice
+    with pytest.raises(UserError, match="did you mean 'latency_ms2'"):
+        within_budget([choice], "latency_ms<=4")
+    with pytest.raises(UserError, match="is not of the form"):
+        within_budget([choice], "<=4")
+
+
 def test_of_a_file_that_is_cut_off_a_budget_takes_what_it_serves(tmp_path, model):
     net, quantized = model
     best = {"assignment": {"1": 8, "2": 2}, "cost": {"bits": 5.0}, "damage": 1.0, "top1": None}

@@ -47,5 +47,9 @@ def test_a_run_on_an_image_folder(call, make_folder, tmp_path):
 
     (moved / "test" / "ant").rename(moved / "test" / "dog")
     status, _, told = call("evaluate", artifact, "--data", moved / "test", "--device", "cpu")
-    assert status == 2 and "has the classes bee, cow, dog (3)" in told and "trained on ant, bee, cow (3)" in told
+    assert (
+        status == 2
+        and "has the classes 'bee', 'cow', 'dog' (3)" in told
+        and "trained on 'ant', 'bee', 'cow' (3)" in told
+    )
     assert len(told.splitlines()) == 1

@@ -28,6 +28,8 @@ def test_json_and_back():
         {"std": [0.2, 0.2, float("nan")]},
         {"crop": 200},
         {"resize": "256"},
+        {"resize": 10**6},
+        {"mean": [10**400, 0.4, 0.3]},
     ],
     ids=str,
 )

@@ -32,6 +32,14 @@ def test_safetensors_and_missing_counters(tmp_path):
     assert same(source, target)
 
 
+def test_a_checkpoint_that_holds_itself_ends(tmp_path):
+    state = {}
+    state["model"] = state
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="holds no weights"):
+        load_weights(build("cifar_resnet8"), tmp_path / "a.pt")
+
+
 def test_a_mismatch_lists_what_is_wrong(tmp_path):
     state = build("cifar_resnet8").state_dict()
     state["linear.weight"] = torch.zeros(7, 64)

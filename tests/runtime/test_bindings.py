@@ -250,6 +250,14 @@ def test_bindings_are_text_and_back():
     assert np.array_equal(found["n.bias"], tensors()["n.bias"][2])
 
 
+def test_no_two_parts_have_the_same_constants():
+    quantizer = Quantizer(prefix="p", layer="a", least=0.0, greatest=None, nonnegative=False)
+    for given_ in (bindings(product(), quantizers=(quantizer,)), bindings(product(), product())):
+        with pytest.raises(ValueError, match="a prefix given twice"):
+            given_.check(header(), tensors())
+    bindings(product(), product(prefix="q")).check(header(), tensors())
+
+
 def test_the_probe_is_what_it_says():
     weights = np.full((8, 8, 1, 1), 127, np.int8)
     constants = {

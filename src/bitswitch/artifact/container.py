@@ -62,10 +62,11 @@ def read_table(source: Source) -> tuple[Mapping[str, Any], int]:
 
 
 def metadata(table: Mapping[str, Any], key: str) -> str | None:
-    """A value of the file's metadata; None where there is no such value."""
+    """A value of the file's metadata; None where there is no such value, or one of them is no text."""
     found = table.get(_METADATA)
-    value = found.get(key) if isinstance(found, dict) else None
-    return value if isinstance(value, str) else None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        return None
+    return found.get(key)
 
 
 def entries(table: Mapping[str, Any], start: int) -> dict[str, Entry]:
@@ -121,6 +122,15 @@ def strict_json(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it is not an object")
     return value
+
+
+def is_finite(number: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold."""
+    try:
+        return type(number) in (int, float) and math.isfinite(number)
+    except OverflowError:
+        # A whole number beyond all floats.
+        return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -268,7 +268,7 @@ def _check_codes(header: Header, codes: Sequence[np.ndarray]) -> None:
 
 
 def _check(header: Header, tensors: Mapping[str, np.ndarray]) -> None:
-    """Shapes, types and ranges of what the layers need."""
+    """Shapes, types and ranges of what the layers need, and ranges of what belongs to batch normalizations."""
 
     def need(layer: str, key: str, shape: tuple[int, ...]) -> np.ndarray:
         name = tensor_name(layer, key)
@@ -289,3 +289,8 @@ def _check(header: Header, tensors: Mapping[str, np.ndarray]) -> None:
                 raise Damaged(f"tensor {tensor_name(layer.name, key)!r} holds a scale that is not positive")
         if layer.input == "zero_point":
             need(layer.name, "input_offset", (count,))
+    for norm in header.norms:
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            array = tensors.get(name := tensor_name(norm, key))
+            if array is not None and not (np.isfinite(array).all() and (key != "running_var" or (array >= 0).all())):
+                raise Damaged(f"tensor {name!r} holds what no batch normalization has")

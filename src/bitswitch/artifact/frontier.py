@@ -1,13 +1,13 @@
 """A frontier of mixed assignments: how it is written down, and how the best within a budget is found in it."""
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from bitswitch.artifact.container import is_finite
 from bitswitch.errors import UserError, nearest
 
-_BUDGET = re.compile(r"\s*(?P<cost>[a-z_]+)\s*<=\s*(?P<most>[0-9.eE+-]+)\s*")
+_BUDGET = re.compile(r"\s*(?P<cost>[^<]+?)\s*<=\s*(?P<most>[0-9.eE+-]+)\s*")
 
 
 def check_choice(choice: Any, layers: Collection[str], widths: Collection[int]) -> Mapping[str, Any]:
@@ -36,17 +36,9 @@ def check_choice(choice: Any, layers: Collection[str], widths: Collection[int]) 
             )
     if missing := sorted(set(layers) - set(assignment)):
         raise UserError(f"a choice of the frontier lacks layer {missing[0]!r}")
-    if not all(map(_is_finite, numbers)):
+    if not all(map(is_finite, numbers)):
         raise UserError("a choice of the frontier holds a cost, damage or top1 that is no finite number")
     return choice
-
-
-def _is_finite(number: Any) -> bool:
-    try:
-        return type(number) in (int, float) and math.isfinite(number)
-    except OverflowError:
-        # A whole number beyond all floats.
-        return False
 
 
 def within_budget(frontier: Sequence[Mapping[str, Any]], budget: str, highest: int | None = None) -> Mapping[str, Any]:

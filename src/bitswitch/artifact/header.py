@@ -1,13 +1,12 @@
 """What an artifact says of itself: a JSON document in the metadata of the safetensors file."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from bitswitch import codes, files
-from bitswitch.artifact.container import MOST_DIMENSIONS, MOST_SIZE, strict_json
+from bitswitch.artifact.container import MOST_DIMENSIONS, MOST_SIZE, is_finite, strict_json
 from bitswitch.artifact.frontier import check_choice
 from bitswitch.artifact.source import Damaged
 
@@ -110,6 +109,8 @@ class Header:
             )
         try:
             digest = value.pop("digest")
+            # Half a surrogate pair, escaped, would pass here and could not be written again.
+            files.canonical_json(value).encode()
             if not _DIGEST.fullmatch(digest) or files.digest(text.replace(digest, _NO_DIGEST).encode()) != digest:
                 raise ValueError("it is altered (its digest differs)")
             return cls._checked(value)
@@ -135,7 +136,11 @@ class Header:
         network = value["network"]
         if network is not None and not (isinstance(network["name"], str) and isinstance(network["args"], dict)):
             raise ValueError("the network has no name and arguments")
-        classes = None if value["classes"] is None else tuple(str(name) for name in value["classes"])
+        classes = value["classes"]
+        if classes is not None:
+            if type(classes) is not list or not all(isinstance(name, str) for name in classes):
+                raise ValueError("classes is no list of names")
+            classes = tuple(classes)
         known = dict.fromkeys(names)
         frontier = tuple(check_choice(choice, known, widths) for choice in value["frontier"])
         return cls(**value | {"widths": widths, "layers": layers, "classes": classes, "frontier": frontier})
@@ -157,7 +162,7 @@ def _layer(entry: dict[str, Any], widths: tuple[int, ...]) -> LayerEntry:
         or entry["input"] not in ("unsigned", "signed", "zero_point")
     ):
         raise ValueError(f"layer {entry['name']!r} has {entry['bits']!r} bits and input {entry['input']!r}")
-    errors = {int(width): float(error) for width, error in entry["squared_error"].items()}
-    if set(errors) != set(widths) or not all(math.isfinite(error) for error in errors.values()):
+    errors = {width: entry["squared_error"].get(str(width)) for width in widths}
+    if len(errors) != len(entry["squared_error"]) or not all(is_finite(one) and one >= 0 for one in errors.values()):
         raise ValueError(f"layer {entry['name']!r} lacks the squared error of a width")
     return LayerEntry(**entry | {"shape": shape, "squared_error": errors})

@@ -11,6 +11,9 @@ from torchvision.transforms.v2 import functional
 
 from bitswitch.errors import UserError
 
+# Of a side in pixels: far above any network's, and an image of it still fits into memory.
+_MOST_SIZE = 1 << 13
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
@@ -38,8 +41,11 @@ class Preprocessing:
 
     def _problem(self) -> str | None:
         sizes = [*self.shape, *(size for size in (self.resize, self.crop) if size is not None)]
-        if len(self.shape) != 3 or not all(type(size) is int and size > 0 for size in sizes):
-            return "shape is three whole numbers above 0 (channels, height, width), resize and crop are one or null"
+        if len(self.shape) != 3 or not all(type(size) is int and 0 < size <= _MOST_SIZE for size in sizes):
+            return (
+                "shape is three whole numbers (channels, height, width), resize and crop are one or null, all from 1 to "
+                f"{_MOST_SIZE}"
+            )
         if not len(self.mean) == len(self.std) == self.shape[0]:
             return f"mean and std need one number for each of {self.shape[0]} channels"
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
@@ -66,7 +72,7 @@ class Preprocessing:
         try:
             shape, resize, crop = tuple(value["shape"]), value.get("resize"), value.get("crop")
             mean, std = (tuple(float(number) for number in value[key]) for key in ("mean", "std"))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(f"preprocessing {value!r} cannot be used: {error}") from error
         return cls(shape=shape, mean=mean, std=std, resize=resize, crop=crop)
 

@@ -142,8 +142,11 @@ def contents(
         raise UserError(
             f"a {plan.method} model keeps float weights and cannot be saved as an artifact: it is for comparison"
         )
-    if isinstance(classes, str):
-        raise UserError(f"classes={classes!r} is text: give a tuple of names")
+    if classes is not None and not (
+        isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
+    ):
+        # Of a mapping such as torchvision's class_to_idx the order would be lost.
+        raise UserError(f"classes={classes!r:.100} is no tuple of names in the order of the logits")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
     for name in plan.layers:
         if name not in layers:
@@ -166,7 +169,7 @@ def contents(
     )
     try:
         artifact.Header.from_text(header.to_text())
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"network, preprocessing, classes, provenance or frontier cannot be stored: {error}") from error
     return header, tensors_of(model)
 

@@ -1,5 +1,6 @@
 """`export_onnx`: one ONNX file for one assignment, in standard operations, checked before it is put in place."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -7,6 +8,7 @@ from typing import Any, Literal, get_args
 import onnx
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import ShapeInferencePass
 from onnxscript.optimizer import fold_constants, remove_unused_nodes
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from bitswitch.runtime.source import read
 Weights = Literal["int8", "int4", "int2"]
 _BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
 _PACKED = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
+_ASSIGNMENT = "bitswitch.assignment"
 # How many inputs are drawn to hold a file against its model.
 _DRAWN_INPUTS = 8
 _DRAWN_DTYPES = {"tensor(int32)": torch.int32, "tensor(bool)": torch.bool}
@@ -166,6 +169,15 @@ def _can_fold(node: ir.Node) -> bool | None:
     return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
 
 
+def assignment_of(path: str | Path) -> Mapping[str, int] | None:
+    """The widths by layer of an ONNX file that `export_file` or `export_onnx` wrote; None where it is none."""
+    try:
+        properties = onnx.load_model(path, load_external_data=False).metadata_props
+        return next((json.loads(one.value) for one in properties if one.key == _ASSIGNMENT), None)
+    except (OSError, ValueError, DecodeError):
+        return None
+
+
 def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) -> bytes:
     """The file's content: the graph with its numbers in it."""
     bits = _BITS[weights]
@@ -197,7 +209,7 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
     sink(graph.model.graph, TO_LAST)
     graph.model.graph.sort()
     graph.strip()
-    graph.model.metadata_props["bitswitch.assignment"] = files.canonical_json(dict(assignment))
+    graph.model.metadata_props[_ASSIGNMENT] = files.canonical_json(dict(assignment))
     proto = ir.serde.serialize_model(graph.model)
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString()

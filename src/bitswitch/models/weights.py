@@ -12,6 +12,7 @@ from bitswitch.errors import UserError
 
 # Where training programs put the weights among other things, the first that is there.
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
+_DEEPEST = 8
 # What wrappers put before every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SHOWN = 5
@@ -51,8 +52,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         UserError: the file is missing, unreadable, or holds no tensors by name.
     """
     value = _read(Path(path))
-    while nested := next((value[key] for key in _NESTED if isinstance(value.get(key), Mapping)), None):
-        value = nested
+    # A pickle can hold itself.
+    for _ in range(_DEEPEST):
+        value = next((value[key] for key in _NESTED if isinstance(value.get(key), Mapping) and value[key]), value)
     state = {str(name): tensor for name, tensor in value.items() if isinstance(tensor, Tensor)}
     if not state:
         raise UserError(f"{path} holds no weights: a state_dict, alone or under one of {', '.join(_NESTED)}, is needed")

@@ -45,8 +45,15 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Plan":
-        """The inverse of `to_json`."""
-        return cls(**dict(value) | {"widths": tuple(value["widths"])})
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no plan.
+        """
+        plan = cls(**dict(value) | {"widths": tuple(value["widths"])})
+        if not all(isinstance(part, dict) for part in (plan.layers, plan.norms, plan.before)):
+            raise TypeError("its layers and batch normalizations are no tables")
+        return plan
 
 
 OTHER_FORWARD = "its forward was replaced by another"

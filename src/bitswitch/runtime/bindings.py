@@ -4,16 +4,14 @@ A graph holds no weights and knows no widths: its constants are named, and a `Bi
 `constants.values` computes them from an artifact's tensors. One graph so serves every assignment.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from bitswitch import files
 from bitswitch.artifact import Header, tensor_name
-from bitswitch.artifact.container import strict_json
+from bitswitch.artifact.container import is_finite, strict_json
 
 _OF_QUANTIZER = ("scale", "zero", "low", "high", "clips")
 _CONV = ("codes", "scale", "zero", "bias", "bias_scale")
@@ -161,27 +159,29 @@ class Bindings:
         layers = {layer.name: layer for layer in header.layers}
         prefixes = [quantizer.prefix for quantizer in self.quantizers]
         _need(self.additions in ("requantized", "exact"), f"additions {self.additions!r}")
+        named = [*prefixes, *(product.prefix for product in self.products)]
+        _need(len(set(named)) == len(named), "a prefix given twice")
         for quantizer in self.quantizers:
             _need(
                 isinstance(quantizer.prefix, str) and quantizer.layer in layers, f"a quantizer of {quantizer.layer!r}"
             )
             _need(isinstance(quantizer.nonnegative, bool), f"a quantizer of {quantizer.layer!r}")
             for bound in (quantizer.least, quantizer.greatest):
-                _need(bound is None or _is_finite(bound), f"a bound {bound!r}")
+                _need(bound is None or is_finite(bound), f"a bound {bound!r}")
         for product in self.products:
             _need(isinstance(product.prefix, str) and product.layer in layers, f"a product of {product.layer!r}")
             _need(product.kind in _KINDS and product.into in (None, *prefixes), f"a product of kind {product.kind!r}")
-            _need(_is_finite(product.epsilon), f"an epsilon {product.epsilon!r}")
+            _need(is_finite(product.epsilon), f"an epsilon {product.epsilon!r}")
             channels = layers[product.layer].shape[0]
             if product.kind in ("branch", "bytes or sums"):
                 _need(len(product.ranges) == len(header.widths), f"the ranges of {product.layer!r}")
                 for least, greatest in product.ranges:
-                    whole = len(least) == len(greatest) == channels and all(map(_is_finite, (*least, *greatest)))
+                    whole = len(least) == len(greatest) == channels and all(map(is_finite, (*least, *greatest)))
                     _need(whole and all(map(float.__le__, map(float, least), map(float, greatest))), "a range")
             if product.kind == "bytes or sums":
                 _need(len(product.common_ranges) == len(header.widths), f"the common ranges of {product.layer!r}")
                 for low, high, loss in product.common_ranges:
-                    _need(all(map(_is_finite, (low, high, loss))) and low <= 0 <= high, "a common range")
+                    _need(all(map(is_finite, (low, high, loss))) and low <= 0 <= high, "a common range")
             if product.bias is not None:
                 _need(tensors[product.bias].shape == (channels,), f"the bias of {product.layer!r}")
             if product.norm is not None:
@@ -206,7 +206,3 @@ class Bindings:
 def _need(holds: bool, what: str) -> None:
     if not holds:
         raise ValueError(what)
-
-
-def _is_finite(number: Any) -> bool:
-    return type(number) in (int, float) and math.isfinite(number)

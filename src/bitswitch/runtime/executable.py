@@ -148,7 +148,7 @@ def _must_be_precise(may_saturate: bool) -> bool:
     return precise
 
 
-# One QLinearConv of 8 x 8 channels, 1 x 1, all weights 127, scales 1 and 1100; tests/runtime/test_executable.py makes it anew.
+# One QLinearConv of 8 x 8 channels, 1 x 1, all weights 127, scales 1 and 1100; tests/runtime/test_bindings.py makes it anew.
 _PROBE = base64.b64decode(
     "CAUSADqJAgo6CgF4CgNvbmUKBHplcm8KAXcKA29uZQoFd3plcm8KBXNjYWxlCgR6ZXJvEgF5IgtRTGluZWFyQ29udhIFcHJvYmUqDRABQgNvbm"
     "VKBAAAgD8qCxACQgR6ZXJvSgEAKgwQA0IFd3plcm9KAQAqDxABQgVzY2FsZUoEAICJRCpPCAgICAgBCAEQA0IBd0pAf39/f39/f39/f39/f39/"
