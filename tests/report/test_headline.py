@@ -1,7 +1,7 @@
 """The README's table of trainings."""
 
 import accuracy
-from bitswitch.report.headline import LABELS, headline
+from bitswitch.report.headline import LABELS, differences, headline
 from report.trainings import training
 
 OURS = next(iter(LABELS))
@@ -73,6 +73,29 @@ def test_every_list_of_widths_has_a_table():
 def test_a_list_of_widths_without_ours_has_no_table():
     known = [*runs(OURS, 1.0, 1.0, 1.0), *runs("paper", 1.0, 1.0, 1.0)]
     assert headline([*known, *runs("paper", 1.0, 1.0, 1.0, bits=(4, 3, 2))]) == headline(known) != []
+
+
+def test_differences_are_paired_by_seed_and_bold_where_the_interval_leaves_0_out():
+    known = [*runs(OURS, 1.0, 2.0, 3.0), *runs("paper", 3.0, 4.1, 5.0), *runs("lsq", 2.0, 2.0, 2.0)]
+    (table,) = differences([*known, *runs("paper", 1.0, 2.5, 4.0, schedule="long")])
+    # 2.0, 2.1 and 2.0 are 2.03 ± 0.06, of which the interval is ± 2.48 times 0.06; 1, 0 and -1 are none.
+    assert "| bitswitch | the paper's recipe | test | **2.03 ± 0.06** | **2.03 ± 0.06** |" in table
+    assert "| bitswitch | LSQ jointly, float weights kept | val | 0.00 ± 1.00 | 0.00 ± 1.00 |" in table
+    assert "| bitswitch | the paper's recipe, 2 epochs | test | 0.50 ± 0.50 | 0.50 ± 0.50 |" in table
+    assert "JPEG" in table and "abcdef012345" in table and "bitswitch, 2 epochs" not in table
+    (longer,) = differences([*known, *runs(OURS, 0.5, 1.5, 2.5, schedule="long")])
+    assert "| bitswitch, 2 epochs |" not in longer
+    more = [*runs(OURS, 0.5, 1.5, 2.5, schedule="long"), *runs("paper", 1.0, 2.0, 3.0, schedule="long")]
+    (longer,) = differences([*known, *more])
+    assert "| bitswitch, 2 epochs | the paper's recipe, 2 epochs | test | **0.50 ± 0.00** | **0.50 ± 0.00** |" in longer
+    assert longer.count("| bitswitch, 2 epochs |") == 2
+
+
+def test_what_joint_lsq_gains_by_our_training_is_told_too():
+    taught = next(variant for variant, label in LABELS.items() if "trained as" in label)
+    known = [*runs(OURS, 1.0, 1.0, 1.0), *runs("lsq", 3.0, 3.0, 3.0), *runs(taught, 2.0, 2.0, 2.0)]
+    (table,) = differences(known)
+    assert f"| {LABELS[taught]} | {LABELS['lsq']} | test | **1.00 ± 0.00** | **1.00 ± 0.00** |" in table
 
 
 def test_every_label_is_of_a_training_in_the_queue():

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitswitch.report.markdown import grouped, mean, table
+from bitswitch.report.markdown import difference, grouped, mean, table
 
 _Result = Mapping[str, Any]
 _QUANTITIES = {
@@ -136,7 +136,7 @@ def _worth_tables(title: str, schedule: str, variants: Sequence[Sequence[_Result
     whole = (runs for runs in variants if len(runs[0]["bits"]) == len(bits))
     known = {runs[0]["variant"]: {run["seeds"][0]: run for run in runs} for runs in whole}
     costs = {variant: {spent(run, schedule) for run in runs.values()} for variant, runs in known.items()}
-    rows = []
+    rows, shown = [], []
     for variant, runs in known.items():
         for base in (name for prefix, name in _HELD_AGAINST.get(schedule, ()) if variant.startswith(prefix)):
             seeds = sorted(runs.keys() & known.get(base, {}).keys())
@@ -145,14 +145,16 @@ def _worth_tables(title: str, schedule: str, variants: Sequence[Sequence[_Result
         else:
             continue
         pairs = [(_measures(runs[seed]), _measures(known[base][seed])) for seed in seeds]
+        shown += [way[seed] for way in (runs, known[base]) for seed in seeds]
         first, second = pairs[0]
         rows += [
             [variant, base, ", ".join(map(str, seeds)), measure]
-            + [mean([one[measure][width] - other[measure][width] for one, other in pairs]) for width in bits]
+            + [difference([one[measure][width] - other[measure][width] for one, other in pairs]) for width in bits]
             for measure in first
             if measure in second
         ]
-    return [table(title, ["variant", "above", "seeds", "on", *(f"{b} bits" for b in bits)], rows)] if rows else []
+    head = ["variant", "above", "seeds", "on", *(f"{b} bits" for b in bits)]
+    return [table(title, head, rows, shown)] if rows else []
 
 
 def _measures(run: _Result) -> dict[str, dict[int, float]]:
@@ -200,7 +202,8 @@ def _curve_table(title: str, variants: Sequence[Sequence[_Result]]) -> str:
             lasting = [statistics.mean(curve[-_LASTING:]) for curve in curves]
             cells = [f"{statistics.mean(one):.2f}" if one else "" for one in (*reached, lasting)]
             rows.append([runs[0]["variant"], str(width), *cells])
-    return table(title, ["variant", "bits", *map(str, range(1, epochs + 1)), f"mean of its last {_LASTING}"], rows)
+    head = ["variant", "bits", *map(str, range(1, epochs + 1)), f"mean of its last {_LASTING}"]
+    return table(title, head, rows, [run for runs in variants for run in runs])
 
 
 def _scale_table(title: str, variants: Sequence[Sequence[_Result]]) -> str:
@@ -213,4 +216,4 @@ def _scale_table(title: str, variants: Sequence[Sequence[_Result]]) -> str:
                 first, last = (statistics.mean(one[at] for one in known) for at in (0, -1))
                 cells.append(f"{first:.3g} → {last:.3g}")
             rows.append([runs[0]["variant"], str(width), *cells])
-    return table(title, ["variant", "bits", *_QUANTITIES.values()], rows)
+    return table(title, ["variant", "bits", *_QUANTITIES.values()], rows, [run for runs in variants for run in runs])

@@ -1,8 +1,11 @@
 """Parts of Markdown tables that several tables share."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
+
+from scipy.stats import t
 
 _Result = Mapping[str, Any]
 _Key = TypeVar("_Key")
@@ -22,6 +25,15 @@ def mean(values: Sequence[float]) -> str:
         return ""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{spread}"
+
+
+def difference(values: Sequence[float]) -> str:
+    """`mean` of paired differences, in bold where the 95 % interval of their mean (Student's t) leaves 0 out."""
+    told = mean(values)
+    if len(values) < 3:
+        return told
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    return f"**{told}**" if abs(statistics.mean(values)) > half else told
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], results: Sequence[_Result] = ()) -> str:

@@ -95,7 +95,8 @@ def _epochs(runs: Sequence[_Result], bits: Sequence[int]) -> Any:
         panel.invert_yaxis()
         panel.grid(alpha=0.3)
     axes[0, 0].set_ylabel("points below float, val")
-    figure.supxlabel("forwards and backwards, in epochs that visit every width", fontsize="medium")
+    about = f"forwards and backwards, in epochs that visit every width ({_data(runs)})"
+    figure.supxlabel(about, fontsize="medium")
     # A training of one width is in one panel alone.
     shown = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels.values()]
     lines = {label: line for some in shown for line, label in some}
@@ -130,6 +131,7 @@ def _subnets(ways: Mapping[str, Sequence[_Result]]) -> Any:
         panel.set_xlabel("average bits of a weight's layer")
         panel.grid(alpha=0.3)
     panels[0, 0].set_ylabel(f"top-1 %, {next(iter(ways.values()))[0]['split']}")
+    figure.supxlabel(_data([run for runs in ways.values() for run in runs]), fontsize="medium")
     figure.legend(
         *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=1 + len(ways), frameon=False
     )
@@ -159,7 +161,12 @@ def _widths(ways: Mapping[str, Sequence[_Result]]) -> Any:
             panel.set_xticks(range(len(widths[0])), range(1, len(widths[0]) + 1))
             panel.set_title(f"{way}: {budget:g} average bits")
             panel.set_xlabel("quantized layer, in the order of the network")
+    figure.supxlabel(_data([run for runs in ways.values() for run in runs]), fontsize="medium")
     return figure
+
+
+def _data(runs: Sequence[_Result]) -> str:
+    return "; ".join(sorted({one["data"] for one in runs}))
 
 
 def _looks() -> list[dict[str, str]]:

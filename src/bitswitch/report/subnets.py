@@ -100,7 +100,8 @@ def _rank_table(title: str, ways: Mapping[str, Sequence[_Result]]) -> str:
     for way, runs in ways.items():
         ranks = [run["rank_correlation_of_damage_and_top1"] for run in runs]
         rows += [[way, form, *(mean([one[form][b] for one in ranks]) for b in budgets)] for form in ranks[0]]
-    return table(title, ["SuperNet", "damage", *(f"{float(budget):g}" for budget in budgets)], rows)
+    head = ["SuperNet", "damage", *(f"{float(budget):g}" for budget in budgets)]
+    return table(title, head, rows, [run for runs in ways.values() for run in runs])
 
 
 def _widths_table(title: str, ways: Mapping[str, Sequence[_Result]]) -> str:
@@ -113,4 +114,5 @@ def _widths_table(title: str, ways: Mapping[str, Sequence[_Result]]) -> str:
                     for bits in SHOWN
                     if bits in some and label != ALIKE
                 ]
-    return table(title, ["SuperNet", "seed", "SubNet", "average bits", "widths", "top-1 %"], rows)
+    head = ["SuperNet", "seed", "SubNet", "average bits", "widths", "top-1 %"]
+    return table(title, head, rows, [run for runs in ways.values() for run in runs])

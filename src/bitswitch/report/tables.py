@@ -11,7 +11,7 @@ from typing import Any
 from bitswitch import files
 from bitswitch.errors import UserError
 from bitswitch.report.accuracy import accuracy_tables
-from bitswitch.report.headline import headline
+from bitswitch.report.headline import differences, headline
 from bitswitch.report.markdown import short_commit, table
 from bitswitch.report.subnets import subnet_tables
 
@@ -64,7 +64,10 @@ def update(document: str | Path, results: str | Path, *, brief: bool = False) ->
                 singles.append(render(value))
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(f"{path} is not a result file: {error!r}") from error
-    tables = headline(trainings) if brief else [*accuracy_tables(trainings), *subnet_tables(subnets), *singles]
+    if brief:
+        tables = headline(trainings)
+    else:
+        tables = [*differences(trainings), *accuracy_tables(trainings), *subnet_tables(subnets), *singles]
     try:
         text = document.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
