@@ -34,7 +34,7 @@ results: $(VENV)/.dev
 	$(BIN)/python -m bitswitch.report docs/checks.md results
 	$(BIN)/python -m bitswitch.report docs/performance.md results/performance
 	MPLBACKEND=agg $(BIN)/python -m bitswitch.report docs/results.md results/cifar10 --figures docs/plots
-	$(BIN)/python -m bitswitch.report docs/models.md results/shipped
+	$(BIN)/python -m bitswitch.report src/bitswitch/shipped/README.md results/shipped
 
 clean:
 	rm -rf $(VENV) runs build dist src/*.egg-info

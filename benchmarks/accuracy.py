@@ -6,9 +6,10 @@
 `float-seedK` fine-tunes the published weights (--start) and keeps what it reaches as float-seedK.safetensors beside its
 result file: every other job of that seed starts from this file, so that drops are from one and the same float network.
 `glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is ten and `long-*` twenty, also scored on test. A way
-of training that visits two of four widths in a step costs half: `*-twice-as-long` is twice as many epochs, for as many
-forwards as the others have; of three widths (`decide-*-432`), half as many again. A job that was killed goes on from its
-last epoch while --work is there; a job whose file is there is done. `make results` writes docs/results.md from the files.
+of training that visits two of four widths in a step costs half: `*-twice-as-long` is twice as many epochs (forty of `long-*`),
+for as many forwards as the others have. Of the ways of three widths, one has half as many again for that reason, which is in
+the queue of `decide-*`: see SCHEDULES. A job that was killed goes on from its last epoch while --work is there; a job whose file
+is there is done. `make results` writes docs/results.md from the files.
 
 On a CPU that others use, OMP_NUM_THREADS=1 gives more images a second, and with glibc MALLOC_MMAP_THRESHOLD_=4000000000
 MALLOC_TRIM_THRESHOLD_=4000000000 keep memory from step to step, whose page faults took a fifth of the time of two trainings

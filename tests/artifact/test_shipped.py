@@ -36,7 +36,7 @@ def test_torch_and_a_session_take_the_name(name):
 def test_a_card_and_a_result_file_are_of_this_very_file(name):
     known = json.loads((ROOT / "results" / "shipped" / f"{name}.json").read_text())
     assert known["sha256"] == files.file_digest(artifact.located(name))
-    card = (ROOT / "docs" / "models.md").read_text()
+    card = (ROOT / "src" / "bitswitch" / "shipped" / "README.md").read_text()
     assert f"## {name}\n" in card and f"**{name}**" in card
     header = artifact.read_header(name)
     uniform, mixed = known["rows"][: len(header.widths)], known["rows"][len(header.widths) :]

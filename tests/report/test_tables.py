@@ -66,7 +66,7 @@ def test_bad_files(tmp_path):
         ("docs/checks.md", "."),
         ("docs/performance.md", "performance"),
         ("docs/results.md", "cifar10"),
-        ("docs/models.md", "shipped"),
+        ("src/bitswitch/shipped/README.md", "shipped"),
     ],
 )
 def test_documents_hold_what_the_result_files_say(tmp_path, document, results):

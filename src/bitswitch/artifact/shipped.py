@@ -1,4 +1,4 @@
-"""Trained artifacts that come with the package, by name; docs/models.md says what they are."""
+"""Trained artifacts that come with the package, by name; the README.md beside them says what they are."""
 
 from pathlib import Path
 
