@@ -79,6 +79,21 @@ class Between(nn.Module):
         return self.head((self.other(x).relu() + x).mean((2, 3)))
 
 
+def test_a_file_of_one_width_has_nothing_to_switch_to(capsys, tmp_path):
+    images = torch.rand(4, 1, 8, 8)
+    network = {"name": "cifar_resnet8", "args": {"in_channels": 1}}
+    model = bs.quantize(build(**network), bits=(8,), example_inputs=images).eval()
+    preprocessing = {"shape": [1, 8, 8], "mean": [0.5], "std": [0.5], "resize": None, "crop": None}
+    bs.save(model, tmp_path / "m", network=network, preprocessing=preprocessing, example_inputs=images)
+    status, out, err = call(capsys, "bench", tmp_path / "m", "--rounds", 1, "--json")
+    assert status == 0, err
+    (row,) = json.loads(out)["widths"]
+    for key in ("torch_switch_ms", "torch_kept_switch_ms", "session_build_ms", "session_switch_us"):
+        assert row[key] is None
+    assert row["session_peak_mb"] > 0
+    assert call(capsys, "bench", tmp_path / "m", "--rounds", 1)[0] == 0
+
+
 def test_what_reads_a_product_is_no_part_of_its_latency(tmp_path, monkeypatch):
     torch.manual_seed(0)
     images = torch.rand(64, 1, 8, 8)

@@ -184,7 +184,7 @@ def test_what_torchrun_sets_says_nothing_without_torchrun(capsys, monkeypatch, c
         (["run", "digits", "seed=true"], ["seed=True: true and false are no numbers"]),
         (["run", "digits", "search.budgets=[{bits: yes}]"], ["true and false are no numbers"]),
         (["run", "digits", "train.epochs=1:30"], ["train.epochs='1:30': input should be a valid integer"]),
-        (["run", "digits", "train.eta=&a {8: *a}"], ["is not YAML: Circular reference"]),
+        (["run", "digits", "train.eta=&a {8: *a}"], ["is not YAML: a value holds itself"]),
         (["run", "digits", "train={lr: 1, lr: 2}"], ["the key 'lr' is there twice"]),
         (["run", "digits", "train.epochs=010"], ["010 would be an octal number: write it without the leading 0"]),
         (["run", "digits", "data.download=true"], ["leave out data.download"]),
@@ -195,6 +195,17 @@ def test_what_torchrun_sets_says_nothing_without_torchrun(capsys, monkeypatch, c
         (
             ["run", "digits", "supernet.sampler=uniform", "supernet.cap=0.5"],
             ["supernet.sensitive and supernet.cap are hasb's, and sampler=uniform"],
+        ),
+        (["run", "digits", "supernet.sandwich=true", "supernet.sigma=0.1"], ["supernet.sigma is of mixtures around"]),
+        (["run", "digits", "supernet.sampler=fixed", "supernet.sigma=0.1"], ["supernet.sigma is of mixtures around"]),
+        (
+            [
+                "run",
+                "digits",
+                "train=[&a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1], &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a], "
+                "&c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b], &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]]",
+            ],
+            ["it holds more than 10,000 values"],
         ),
         (["export", "digits", "--data", "images"], ["--data images is for a file: digits is a recipe"]),
         (["run", "digits", f"train={'[' * 3000}"], ["nested too deeply"]),
@@ -745,6 +756,7 @@ def test_a_network_that_draws_from_other_generators_is_repeated(capsys, tmp_path
         ("train.micro_batches=3", "train.micro_batches=3: a rank's batch of 64 images cannot be divided"),
         ("train.distillation.temperature=3", "set teacher, too"),
         ("train.distillation={weight: 1}", "set teacher, too"),
+        ("train.distillation={teacher: none, temperature: 3}", "set teacher, too"),
         ("data.cache=~nobody-of-that-name/x", "no such user's home"),
     ],
 )

@@ -456,6 +456,30 @@ def test_a_recipe_that_has_not_run_cannot_be_exported(capsys, tmp_path):
     one_line(call(capsys, "export", missing), f"there is no file {missing}, and no recipe of that name")
 
 
+def test_a_stage_that_is_done_leaves_the_configuration_of_the_others(capsys, copied):
+    before = (copied / "config.yaml").read_bytes()
+    status, _, err = call(capsys, "pretrain", "digits", SHORT[0], "--out", copied)
+    assert status == 0 and "pretrain: done before, skipped" in err
+    assert (copied / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("supernet.cap=0.01", "cap=0.01 of 6 layers is less than one"),
+        ("search.budgets=[{bytes: 1}]", "no assignment meets bytes <= 1"),
+        ("search.latency=TABLE", "table 'latency' lacks layer"),
+    ],
+)
+def test_what_the_last_stages_cannot_do_is_told_before_the_first_of_those_left(capsys, copied, word, expected):
+    (copied / "table.json").write_text(json.dumps({"layers": {"x": {"8": 1.0}}}))
+    records = json.loads((copied / "stages.json").read_text())
+    (copied / "stages.json").write_text(json.dumps({"pretrain": records["pretrain"]}))
+    word = word.replace("TABLE", str(copied / "table.json"))
+    one_line(call(capsys, "run", "digits", *SHORT, word, "--out", copied), expected)
+    assert set(json.loads((copied / "stages.json").read_text())) == {"pretrain"}
+
+
 def test_what_a_library_prints_is_not_on_stdout(capfd):
     with stdout_kept_clean():
         print("a word of a network")

@@ -28,6 +28,8 @@ def test_a_checkpoint_of_a_stage(tmp_path, state):
     [
         (lambda s: s | {"about": 3}, "not a whole checkpoint"),
         (lambda s: s | {"about": s["about"] | {"network": {"name": 5, "args": {}}}}, "no network is named '5'"),
+        (lambda s: s | {"about": s["about"] | {"preprocessing": [1]}}, "preprocessing is a list"),
+        (lambda s: s | {"about": s["about"] | {"data_config": "x"}}, "data_config is a str"),
         (lambda s: s | {"model": 5}, "not a whole checkpoint"),
         (lambda s: s | {"model": {1: torch.zeros(1)}}, "does not fit"),
         (lambda s: s | {"plan": s["plan"] | {"layers": 5}}, "not a whole checkpoint"),

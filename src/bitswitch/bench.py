@@ -36,7 +36,8 @@ def bench(path: Path, *, network: str | None = None, rounds: int = 10) -> dict[s
         "narrowed_bytes", "torch_switch_ms", "torch_kept_switch_ms", "session_build_ms", "session_switch_us", "torch_peak_mb",
         "session_peak_mb"}], where the first of each two switches is cold (weights or executable made) and the second warm,
         "speed": [{"engine", "bits", "batch", "ms", "images_per_s"}], "latency": {"unit": "ms", "layers": {layer: {bits: ms}}}};
-        what the graph is needed for is None, or left out, without it. "latency" is the table that `search.latency` takes.
+        what the graph is needed for is None, or left out, without it; switches of a file of one width are None. "latency" is
+        the table that `search.latency` takes.
 
     Raises:
         UserError: the file cannot be used, or does not say of what shape its input is.
@@ -115,8 +116,11 @@ def _milliseconds(call: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def _torch_switch(model: nn.Module, bits: int, widths: Sequence[int], rounds: int) -> dict[str, float]:
-    """Switch and take every float weight, from another width: made anew, and kept from before."""
+def _torch_switch(model: nn.Module, bits: int, widths: Sequence[int], rounds: int) -> dict[str, float | None]:
+    """Switch and take every float weight, from another width: made anew, and kept from before. None without another."""
+    found: dict[str, float | None] = {"torch_switch_ms": None, "torch_kept_switch_ms": None}
+    if len(widths) == 1:
+        return found
     layers = quantized_layers(model).values()
     other = widths[0] if bits != widths[0] else widths[-1]
     most = [layer.kept.most for layer in layers]
@@ -126,7 +130,6 @@ def _torch_switch(model: nn.Module, bits: int, widths: Sequence[int], rounds: in
         for layer in layers:
             layer._weight(width, lent=False)  # as a forward without gradients takes it
 
-    found = {}
     for key, copies in (("torch_switch_ms", 1), ("torch_kept_switch_ms", 2)):
         for layer in layers:
             layer.kept.most = copies
@@ -157,9 +160,12 @@ def _in_session(path: Path, bits: int) -> Callable[[np.ndarray], Any]:
     return Session(path, bits=bits, threads=torch.get_num_threads()).run
 
 
-def _session_costs(path: Path, bits: int, widths: Sequence[int], rounds: int) -> dict[str, float]:
+def _session_costs(path: Path, bits: int, widths: Sequence[int], rounds: int) -> dict[str, float | None]:
     from bitswitch.runtime import Session
 
+    if len(widths) == 1:
+        # Another is what a session is switched from: alone it is made with the session.
+        return {"session_build_ms": None, "session_switch_us": None}
     other = widths[0] if bits != widths[0] else widths[-1]
     session = Session(path, bits=other, threads=torch.get_num_threads())
     build = _milliseconds(lambda: session.switch(bits))

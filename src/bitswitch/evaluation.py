@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bitswitch.nn import evaluating, quantized_layers
 from bitswitch.subject import Subject, data_for, subject_of
 from bitswitch.training import Score, World, evaluate, recalibrate
 from bitswitch.training.distributed import from_first
-from bitswitch.training.evaluate import PrecisionChoice
+from bitswitch.training.evaluate import PrecisionChoice, with_less_at_once
 
 Shown = Callable[[Iterator[Batch], int], Iterable[Batch]]
 _BATCH = 256
@@ -171,20 +172,8 @@ def _scores(
         some = left[start : start + at_once]
         if images:
             recalibrate(model, training_views(data, images, device), precisions[some[0]])
-        batches = data.evaluation_batches(
-            plan.split, batch_size=_BATCH, device=device, rank=world.rank, world=world.size
-        )
-        counts: list[Tensor] = []
-        predictions: list[Tensor] = []
-        scores = evaluate(
-            model,
-            plan.shown(batches, -(-data.size(plan.split) // (_BATCH * world.size))),
-            [precisions[i] for i in some],
-            world=world,
-            classes=len(data.classes),
-            confusion=counts if plan.confusion else None,
-            predictions=predictions,
-        )
+        score = partial(_score, model, data, [precisions[i] for i in some], plan)
+        scores, counts, predictions = with_less_at_once(score, _BATCH, device, world)
         scored |= dict(zip(some, map(dataclasses.asdict, scores), strict=True))
         matrices |= dict(zip(some, counts, strict=False))
         if world.first:
@@ -192,6 +181,28 @@ def _scores(
                 if i in keys:
                     Cache(default_folder()).write(keys[i], {"predicted": predicted}, scored[i])
     return scored, matrices
+
+
+def _score(
+    model: nn.Module, data: DataSet, precisions: Sequence[PrecisionChoice], plan: _Plan, images: int
+) -> tuple[list[Score], list[Tensor], list[Tensor]]:
+    """Scores, confusion matrices where they are asked for, and predictions, so many images at a time."""
+    world = plan.world
+    batches = data.evaluation_batches(
+        plan.split, batch_size=images, device=plan.device, rank=world.rank, world=world.size
+    )
+    counts: list[Tensor] = []
+    predictions: list[Tensor] = []
+    scores = evaluate(
+        model,
+        plan.shown(batches, -(-data.size(plan.split) // (images * world.size))),
+        precisions,
+        world=world,
+        classes=len(data.classes),
+        confusion=counts if plan.confusion else None,
+        predictions=predictions,
+    )
+    return scores, counts, predictions
 
 
 def _key(about: Sequence[str], precision: Any) -> str:

@@ -97,6 +97,9 @@ def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> S
         about, plan = state["about"], Plan.from_json(state["plan"]) if "plan" in state else None
         known = {key: about[key] for key in ("preprocessing", "data", "data_config")}
         named, args = str(about["network"]["name"]), dict(about["network"]["args"])
+        for key in ("preprocessing", "data_config"):
+            if not isinstance(known[key], dict | None):
+                raise TypeError(f"{key} is a {type(known[key]).__name__}")
         classes, weights = tuple(about["classes"]), {str(key): value for key, value in state["model"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a whole checkpoint of a stage ({error!r})") from error

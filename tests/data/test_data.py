@@ -60,14 +60,6 @@ def test_an_epoch_is_always_the_same_stream(digits, cpu):
     assert not torch.equal(first[0][0], next(other.epoch(3))[0])
 
 
-@pytest.mark.parametrize("start", [1, 7, 19, 20])
-def test_a_stream_taken_up_half_way_goes_on_as_it_was(digits, cpu, start):
-    batches = digits.training_batches(batch_size=64, seed=1, device=cpu)
-    rest, whole = list(batches.epoch(2, start=start)), list(batches.epoch(2))[start:]
-    assert len(rest) == 20 - start
-    assert all(torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(rest, whole, strict=True))
-
-
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_share_the_batches_of_one_process(digits, cpu, world):
     alone = digits.training_batches(batch_size=64, seed=1, device=cpu)

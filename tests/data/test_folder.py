@@ -58,6 +58,18 @@ def test_a_test_folder_without_classes_does_not_hide_val(make_folder, save_image
     assert load_data(str(root)).size("test") == 12
 
 
+def test_classes_may_be_named_as_splits_are(make_folder, save_image):
+    root = make_folder(**{".": 4})
+    for i in range(4):
+        save_image(root / "train" / f"{i}.png", i)
+    data = load_data(str(root))
+    assert data.classes == ("ant", "bee", "cow", "train") and data.size("test") == 16
+    # Beside nothing else a split is a split.
+    alone = make_folder(train=4)
+    save_image(alone / "test" / "1.png", 0)
+    assert "has no folders of images in it" in refused(alone)
+
+
 def test_a_folder_that_cannot_be_listed_is_told(make_folder, save_image, monkeypatch):
     root, real = make_folder(), os.scandir
     save_image(root / "train" / "ant" / "more" / "1.png", 77)
@@ -236,6 +248,15 @@ def test_images_are_decoded_once(make_folder, monkeypatch, own_cache):
 def test_the_cache_may_lie_elsewhere(make_folder, own_cache, tmp_path):
     load_data(str(make_folder()), cache=tmp_path / "here")
     assert list((tmp_path / "here").iterdir()) and not own_cache.exists()
+
+
+def test_without_a_home_a_folder_for_the_cache_is_asked_for(make_folder, monkeypatch):
+    def no_home(_cls):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", classmethod(no_home))
+    assert "name one with XDG_CACHE_HOME" in refused(make_folder(train=4, test=4))
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped", "nonsense", "folder"])

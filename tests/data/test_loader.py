@@ -1,7 +1,9 @@
 """ImageNet's way: images of different sizes, decoded by workers."""
 
+import contextlib
 import pickle
-from pathlib import Path
+import signal
+import threading
 
 import pytest
 import torch
@@ -71,14 +73,27 @@ def test_ranks_share_the_batches_of_one_process(folder, cpu, world):
     assert same(alone, joined)
 
 
-def test_a_stream_taken_up_half_way_decodes_only_the_rest(folder, cpu):
-    batches = folder().training_batches(batch_size=6, seed=1, device=cpu)
-    whole = list(batches.epoch(0))
-    order, _ = batches.schedule.order(0)
-    for i in order[:12].tolist():  # what cannot be read is not missed
-        Path(batches.data.train.paths[i]).write_bytes(b"gone")
-    assert same(whole[2:], list(batches.epoch(0, start=2)))
-    assert list(batches.epoch(0, start=3)) == []
+def test_an_interrupt_while_workers_start_is_not_lost(folder, cpu, monkeypatch):
+    class Forking(torch.utils.data.DataLoader):
+        def __iter__(self):
+            # As Python does with what is raised in a function that it calls at a fork.
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            return super().__iter__()
+
+    monkeypatch.setattr("bitswitch.data.loader.DataLoader", Forking)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        next(folder().training_batches(batch_size=6, seed=1, device=cpu).epoch(0))
+    assert signal.getsignal(signal.SIGINT) is before
+    # Handlers can be set in the main thread alone.
+    read = []
+    thread = threading.Thread(target=lambda: read.extend(folder().evaluation_batches("test", batch_size=4, device=cpu)))
+    with monkeypatch.context() as patch:
+        patch.setattr("bitswitch.data.loader.DataLoader", torch.utils.data.DataLoader)
+        thread.start()
+        thread.join()
+    assert read
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])

@@ -29,6 +29,7 @@ def test_json_and_back():
         {"crop": 200},
         {"resize": "256"},
         {"resize": 10**6},
+        {"resize": 1793},
         {"mean": [10**400, 0.4, 0.3]},
     ],
     ids=str,

@@ -59,6 +59,16 @@ def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path, monkeypatch
         build("half_written:net")
 
 
+def test_a_module_that_ends_the_program_is_told(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "ends_at_import.py").write_text("import sys\ndef net(): pass\nsys.exit(0)\n")
+    (tmp_path / "ends_when_called.py").write_text("import sys\ndef net(): sys.exit(0)\n")
+    with pytest.raises(UserError, match="'ends_at_import:net' cannot be imported: SystemExit"):
+        build("ends_at_import:net")
+    with pytest.raises(UserError, match=r"'ends_when_called:net' cannot be built with the arguments .*SystemExit"):
+        build("ends_when_called:net")
+
+
 def test_a_function_that_fails_is_named_whatever_it_raises(tmp_path, monkeypatch):
     (tmp_path / "half_done.py").write_text("def net(): import timm_of_another_name\ndef other(): return undefined\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -40,6 +40,13 @@ def test_a_checkpoint_that_holds_itself_ends(tmp_path):
         load_weights(build("cifar_resnet8"), tmp_path / "a.pt")
 
 
+def test_tensors_without_plain_values_are_told(tmp_path):
+    state = build("cifar_resnet8").state_dict()
+    torch.save(state | {"linear.weight": state["linear.weight"].to("meta")}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a.pt cannot be loaded: .*meta"):
+        load_weights(build("cifar_resnet8"), tmp_path / "a.pt")
+
+
 def test_a_mismatch_lists_what_is_wrong(tmp_path):
     state = build("cifar_resnet8").state_dict()
     state["linear.weight"] = torch.zeros(7, 64)

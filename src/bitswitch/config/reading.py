@@ -1,6 +1,5 @@
 """How a recipe and overrides become one checked configuration."""
 
-import json
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -13,6 +12,9 @@ from pydantic import ValidationError
 from bitswitch.config.mistakes import first_mistake
 from bitswitch.config.schema import Recipe
 from bitswitch.errors import UserError, nearest
+
+# Of a recipe: the largest of ours have a hundred.
+_MOST_VALUES = 10_000
 
 
 def recipe_names() -> list[str]:
@@ -120,14 +122,31 @@ for _kind in ("int", "float"):
 def _yaml(text: str, where: str) -> Any:
     try:
         value = yaml.load(text, _Loader)
-        # What holds itself, by an anchor, is no plain value.
-        json.dumps(value, default=str)
+        if _size(value, {}) > _MOST_VALUES:
+            raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
         return value
     except RecursionError as error:
         raise UserError(f"{where} is nested too deeply") from error
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
         # The latter from values of a type that YAML knows, such as a date that there is not.
         raise UserError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """How many values a value is, written out; what anchors repeat is counted once for each time and looked at once.
+
+    Raises:
+        ValueError: it holds itself.
+    """
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = -1
+        inside = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(one, known) for one in inside)
+    if known[id(value)] < 0:
+        raise ValueError("a value holds itself")
+    return known[id(value)]
 
 
 def _override(value: dict[str, Any], override: str) -> None:

@@ -19,8 +19,15 @@ from bitswitch.errors import UserError
 
 
 def default_folder() -> Path:
-    """$XDG_CACHE_HOME/bitswitch, or ~/.cache/bitswitch."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitswitch"
+    """$XDG_CACHE_HOME/bitswitch, or ~/.cache/bitswitch.
+
+    Raises:
+        UserError: neither is known.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitswitch"
+    except RuntimeError as error:
+        raise UserError("there is no home folder to keep a cache in: name one with XDG_CACHE_HOME") from error
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ class Batches(Protocol):
     def __len__(self) -> int:
         """Steps in an epoch: whole global batches."""
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """(float32 [n, C, H, W] normalized, int64 [n]) on the device, from step `start` on."""
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """(float32 [n, C, H, W] normalized, int64 [n]) on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class UnreadableImage(UserError):
 def read_image(path: str) -> Tensor:
     """A file as uint8 [3, H, W]; grey, palette and CMYK images become RGB, of 16 bits the upper 8 are taken.
 
-    Pixels are as they are stored: a rotation that EXIF asks for is not made, as in torchvision's ImageFolder.
+    A rotation that EXIF asks for is not made (Pillow makes it of TIFF), as in torchvision's ImageFolder.
 
     Raises:
         UnreadableImage: it cannot be decoded, or holds floats or integers whose range nothing tells.

@@ -1,7 +1,10 @@
 """Data sets that stay in files: decoded and augmented image by image in DataLoader workers."""
 
 import hashlib
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -108,10 +111,10 @@ class FileBatches:
     def __len__(self) -> int:
         return len(self.schedule)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """(float32 [n, C, H, W] normalized, int64 [n]) on the device, from step `start` on."""
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """(float32 [n, C, H, W] normalized, int64 [n]) on the device."""
         order, _ = self.schedule.order(epoch)
-        batches = [self.schedule.own(order, step).tolist() for step in range(start, len(self))]
+        batches = [self.schedule.own(order, step).tolist() for step in range(len(self))]
         reader = _TrainingReader(self.data.train, self.data.preprocessing, seed=self.schedule.seed, epoch=epoch)
         for images, labels in _through_workers(reader, batches, self.data.workers, self.device):
             yield self._normalize(images), labels
@@ -179,11 +182,30 @@ def _through_workers(reader: _Reader, batches: list[list[int]], workers: int, de
         # DataLoader draws a seed for its workers: not from the global generator, which the training's numbers hang on.
         generator=torch.Generator(),
     )
-    for batch in loader:
+    with _uninterrupted():
+        # Workers start here.
+        found = iter(loader)
+    for batch in found:
         if isinstance(batch, UserError):
             raise batch
         images, labels = batch
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off: while a process forks, Python calls what drops a KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[tuple[Any, ...]] = []
+    before = signal.signal(signal.SIGINT, lambda *call: asked.append(call))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked and callable(before):
+        before(*asked[0])
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -84,18 +84,17 @@ class MemoryBatches:
     def __len__(self) -> int:
         return len(self.schedule)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """(float32 [n, C, H, W] normalized, int64 [n]) on the device, from step `start` on."""
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """(float32 [n, C, H, W] normalized, int64 [n]) on the device."""
         order, generator = self.schedule.order(epoch)
         on = on_device(order, self.device)
         for step in range(len(self)):
-            # Drawn for the global batch, and for the steps left out too: the stream is the same from any start.
+            # Drawn for the global batch: the same for any number of ranks.
             views = draw_views(self.schedule.batch_size, self.data.shift, self.data.flip, generator)
-            if step >= start:
-                part = self._train[self.schedule.own(on, step)]
-                own_views = on_device(views[:, self.schedule.share], self.device)
-                images = self.data.preprocessing.framed(augmented(part.images, own_views, self.data.shift))
-                yield self._normalize(images), part.labels
+            part = self._train[self.schedule.own(on, step)]
+            own_views = on_device(views[:, self.schedule.share], self.device)
+            images = self.data.preprocessing.framed(augmented(part.images, own_views, self.data.shift))
+            yield self._normalize(images), part.labels
 
 
 def draw_views(count: int, shift: int, flip: bool, generator: torch.Generator) -> Tensor:

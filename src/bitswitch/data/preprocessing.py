@@ -13,6 +13,8 @@ from bitswitch.errors import UserError
 
 # Of a side in pixels: far above any network's, and an image of it still fits into memory.
 _MOST_SIZE = 1 << 13
+# A batch is resized before it is cropped.
+_MOST_REDUCTION = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Preprocessing:
                 "shape is three whole numbers (channels, height, width), resize and crop are one or null, all from 1 to "
                 f"{_MOST_SIZE}"
             )
+        if self.resize is not None and self.resize > _MOST_REDUCTION * max(self.shape[1:]):
+            return f"resize is more than {_MOST_REDUCTION} times the side of the shape"
         if not len(self.mean) == len(self.std) == self.shape[0]:
             return f"mean and std need one number for each of {self.shape[0]} channels"
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:

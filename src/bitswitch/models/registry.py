@@ -55,7 +55,7 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
         raise UserError(f"network {name!r} does not take the arguments {args}: {error}") from error
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         known = (ValueError, LookupError, OSError, RuntimeError, ArithmeticError, AssertionError)
         if is_trusted(name) and not isinstance(error, known):
             raise
@@ -70,8 +70,8 @@ def _imported(name: str) -> Any:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
-    except Exception as error:
-        # Whatever the user's module does while it is imported.
+    except (Exception, SystemExit) as error:
+        # Whatever the user's module does while it is imported, such as end the program.
         raise UserError(f"network {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise UserError(f"network {name!r} is a {type(found).__name__}, not a function that returns a network")

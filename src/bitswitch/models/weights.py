@@ -42,7 +42,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if any(names for _, names in found):
         told = "; ".join(f"{what}: {_some(names)}" for what, names in found if names)
         raise UserError(f"{path} does not fit this {type(model).__name__}: {told}")
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        # Of tensors that are of the shape, and sparse, quantized or on the meta device.
+        raise UserError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bitswitch import files
+from bitswitch import search as room
 from bitswitch.config import PretrainPart, QuantizedPart
 from bitswitch.data import DataSet
 from bitswitch.errors import UserError, nearest
@@ -128,23 +129,33 @@ def check_network(run: Run, data: DataSet, stages: Sequence[str]) -> None:
         _check_quantized(run, data, network, stages)
 
 
-def check_tied(run: Run, data: DataSet) -> None:
-    """Refuse a search that ties layers that there are not, before a SuperNet is trained for it.
+def check_mixed(run: Run, data: DataSet, stages: Sequence[str]) -> None:
+    """Refuse a SuperNet or a search that cannot be had, before the stages that come before it are done.
 
     Raises:
-        UserError: it does.
+        UserError: the cap is of less than one layer; the search ties layers or has a latency table of layers that there are
+            not, or a budget that nothing meets.
     """
-    if run.recipe.search.tied:
-        _check_quantized(run, data, build(**about(run, data)["network"]).eval(), ["search"])
+    _check_quantized(run, data, build(**about(run, data)["network"]).eval(), stages)
 
 
 def _check_quantized(run: Run, data: DataSet, network: nn.Module, stages: Sequence[str]) -> None:
-    layers = quantized_layers(quantized(run, data, network, images=2))
+    model = quantized(run, data, network, images=2)
+    layers, part = quantized_layers(model), run.recipe.search
     if "supernet" in stages and run.recipe.supernet is not None:
         most_sensitive(run.recipe.supernet.cap, len(layers))
-    for layer in itertools.chain.from_iterable(run.recipe.search.tied if "search" in stages else ()):
+    if "search" not in stages:
+        return
+    for layer in itertools.chain.from_iterable(part.tied):
         if layer not in layers:
             raise UserError(f"search.tied: no layer that is quantized is named {layer!r}{nearest(layer, layers)}")
+    latency = None if part.latency is None else room.read_latency(part.latency)
+    # The SuperNet's own bytes may be more, those of its batch normalizations: what is too little here is so there.
+    costs = room.cost_tables(model, (data.sample(1),), latency)
+    damage = {name: dict.fromkeys(run.recipe.bits, 0.0) for name in layers}
+    problem = room.Problem(damage=damage, costs=costs, tied=part.tied)
+    for budget in room.as_budgets(part.budgets or ()):
+        problem.solve(budget)
 
 
 def _check_logits(run: Run, data: DataSet, logits: Any, when: str) -> None:

@@ -169,19 +169,22 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
                 f"stage {stage} is not done in {where}: bitswitch {stage} {run.typed} --out {where} does it, with the same "
                 "overrides"
             )
-    for stage in stages:
-        if not _is_done(run, records.get(stage)):
-            checks.check_batches(run, data, stage)
+    left = [stage for stage in stages if not _is_done(run, records.get(stage))]
+    for stage in left:
+        checks.check_batches(run, data, stage)
     if not _is_done(run, records.get("pretrain")):
         checks.check_network(run, data, stages)
-    elif "search" in stages and not _is_done(run, records.get("search")):
-        checks.check_tied(run, data)
+    elif {"supernet", "search"} & set(left):
+        checks.check_mixed(run, data, left)
     if "search" in stages:
         subnets.check(run, data)
     run.directory.write_records(records)
     for stage in forgotten:
         run.directory.rewind_metrics(stage, 0)
-    files.write(run.directory.path / "config.yaml", to_yaml(run.recipe).encode())
+    config = run.directory.path / "config.yaml"
+    if left or not config.exists():
+        # Where nothing is to be done, parts of other stages may be said otherwise than they were done.
+        files.write(config, to_yaml(run.recipe).encode())
 
 
 def _needed(stages: Sequence[str]) -> list[str]:

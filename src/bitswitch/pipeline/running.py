@@ -11,7 +11,7 @@ from bitswitch.config import PretrainPart, QuantizedPart
 from bitswitch.data import DataSet
 from bitswitch.pipeline.run import Run
 from bitswitch.training import Loop, Objective, ScaleGradients, evaluate, load_checkpoint
-from bitswitch.training.evaluate import PrecisionChoice
+from bitswitch.training.evaluate import PrecisionChoice, with_less_at_once
 from bitswitch.training.loop import Batches
 
 _EVALUATION_BATCH = 256
@@ -120,10 +120,14 @@ def scores_on(
     run: Run, model: nn.Module, data: DataSet, split: str, precisions: Sequence[PrecisionChoice]
 ) -> list[dict[str, Any]]:
     """Scores on a split as plain values, the images shared among the ranks."""
-    batches = data.evaluation_batches(
-        split, batch_size=_EVALUATION_BATCH, device=run.device, rank=run.world.rank, world=run.world.size
-    )
-    return [dataclasses.asdict(score) for score in evaluate(model, batches, precisions, world=run.world)]
+
+    def score(images: int) -> list[dict[str, Any]]:
+        batches = data.evaluation_batches(
+            split, batch_size=images, device=run.device, rank=run.world.rank, world=run.world.size
+        )
+        return [dataclasses.asdict(score) for score in evaluate(model, batches, precisions, world=run.world)]
+
+    return with_less_at_once(score, _EVALUATION_BATCH, run.device, run.world)
 
 
 def final_scores(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from scipy.stats import binomtest
@@ -15,6 +16,7 @@ from bitswitch.nn import evaluating, switched
 from bitswitch.training.distributed import World, gather
 
 PrecisionChoice = int | Mapping[str, int] | None
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,30 @@ class Score:
     top1_interval: tuple[float, float]
     loss: float
     images: int
+
+
+def with_less_at_once(score: Callable[[int], Result], images: int, device: torch.device, world: World) -> Result:
+    """Score so many images at a time, or half as many, and so on, where memory does not suffice.
+
+    Args:
+        score: given how many, goes over the data from the start.
+        images: how many at first.
+        device: that is named where one image is too much.
+        world: the ranks; of several, which would have to agree, none tries again.
+
+    Raises:
+        UserError: memory does not suffice for one image, or not on one of several ranks.
+    """
+    while True:
+        try:
+            return score(images)
+        except torch.OutOfMemoryError as error:
+            if images == 1 or world.size > 1:
+                raise UserError(
+                    f"{device} is out of memory when {images} images at a time are scored: free some of it, or use another "
+                    "--device" + (", or one process, which tries fewer" if world.size > 1 else "")
+                ) from error
+        images //= 2
 
 
 @torch.no_grad()
