@@ -196,8 +196,6 @@ def test_what_torchrun_sets_says_nothing_without_torchrun(capsys, monkeypatch, c
             ["run", "digits", "supernet.sampler=uniform", "supernet.cap=0.5"],
             ["supernet.sensitive and supernet.cap are hasb's, and sampler=uniform"],
         ),
-        (["run", "digits", "supernet.sandwich=true", "supernet.sigma=0.1"], ["supernet.sigma is of mixtures around"]),
-        (["run", "digits", "supernet.sampler=fixed", "supernet.sigma=0.1"], ["supernet.sigma is of mixtures around"]),
         (
             [
                 "run",
@@ -756,7 +754,6 @@ def test_a_network_that_draws_from_other_generators_is_repeated(capsys, tmp_path
         ("train.micro_batches=3", "train.micro_batches=3: a rank's batch of 64 images cannot be divided"),
         ("train.distillation.temperature=3", "set teacher, too"),
         ("train.distillation={weight: 1}", "set teacher, too"),
-        ("train.distillation={teacher: none, temperature: 3}", "set teacher, too"),
         ("data.cache=~nobody-of-that-name/x", "no such user's home"),
     ],
 )

@@ -27,6 +27,7 @@ from bitswitch.nn import TransitionalBatchNorm, plan_of
 from bitswitch.rundir import RunDirectory
 from bitswitch.runtime import Session
 from bitswitch.runtime.packing import unpacked
+from bitswitch.training import evaluate
 from commands import call, one_line, run_digits
 
 SHORT = [
@@ -478,6 +479,40 @@ def test_what_the_last_stages_cannot_do_is_told_before_the_first_of_those_left(c
     word = word.replace("TABLE", str(copied / "table.json"))
     one_line(call(capsys, "run", "digits", *SHORT, word, "--out", copied), expected)
     assert set(json.loads((copied / "stages.json").read_text())) == {"pretrain"}
+
+
+def test_a_search_is_checked_with_the_networks_own_weights_and_norms(capsys, copied, monkeypatch):
+    seen = []
+
+    def own_costs(model, *_):
+        seen.append(model)
+        raise UserError("enough")
+
+    monkeypatch.setattr("bitswitch.pipeline.checks.room.cost_tables", own_costs)
+    records = json.loads((copied / "stages.json").read_text())
+    (copied / "stages.json").write_text(json.dumps({"pretrain": records["pretrain"]}))
+    one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "enough")
+    (model,) = seen
+    weights = torch.load(copied / "checkpoints" / "pretrain.pt", weights_only=True)["model"]
+    assert torch.equal(model.get_submodule("conv1").weight, weights["conv1.weight"])
+    assert any(isinstance(module, TransitionalBatchNorm) for module in model.modules())
+
+
+def test_a_search_scores_fewer_at_once_where_memory_is_short(capsys, copied, monkeypatch):
+    before = (copied / "frontier.json").read_bytes()
+    tried = []
+
+    def short(model, batches, *args, **kwargs):
+        given = list(batches)
+        tried.append(len(given[0][0]))
+        if tried[-1] > 64:
+            raise torch.OutOfMemoryError("out of memory")
+        return evaluate(model, given, *args, **kwargs)
+
+    monkeypatch.setattr("bitswitch.pipeline.subnets.evaluate", short)
+    status, _, err = call(capsys, "search", "digits", *SHORT, "--out", copied, "--fresh")
+    assert status == 0, err
+    assert (copied / "frontier.json").read_bytes() == before and set(tried) == {144, 128, 64}
 
 
 def test_what_a_library_prints_is_not_on_stdout(capfd):

@@ -39,7 +39,7 @@ def export(
     Args:
         path: the artifact.
         folder: where the ONNX files go: `<name>-4bit.onnx`, or by the average width of its layers
-            `<name>-mixed-3.44bit.onnx`, with a number more where another mixture has the same.
+            `<name>-mixed-3.44bit.onnx`, with a number more where another mixture of the artifact has the same.
         bits: widths; all whose planes the file holds where neither this nor `assignment` is given.
         assignment: as in `bitswitch.evaluation.evaluate_file`.
         weights: "int8", "int4" or "int2".
@@ -59,7 +59,7 @@ def export(
     """
     require("onnxscript", "onnx")
     require("onnxruntime", "runtime")
-    from bitswitch.export.onnx import Weights, assignment_of, export_file, packed_products
+    from bitswitch.export.onnx import Weights, export_file, is_of_another, packed_products
 
     located, _, held = artifact.read_held(path)
     header = located.header
@@ -85,8 +85,8 @@ def export(
         name = f"{path.stem}-{one}bit" if isinstance(one, int) else f"{path.stem}-mixed-{_average(one)}bit"
         file = folder / f"{name}.onnx"
         for number in itertools.count(1):
-            # A mixture of the same average, of this call or an earlier one, keeps its file.
-            if isinstance(one, int) or assignment_of(file) in (None, source.assignment(one).to_json()):
+            # A mixture of this artifact that has the same average, of this call or an earlier one, keeps its file.
+            if isinstance(one, int) or not is_of_another(file, source, source.assignment(one)):
                 break
             file = folder / f"{name}-{number}.onnx"
         used = export_file(

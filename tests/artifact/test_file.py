@@ -275,6 +275,9 @@ def test_classes_by_name_have_no_order(path, tmp_path, quantized):
             bs.save(quantized, tmp_path / "other", classes=classes)
     bs.save(quantized, tmp_path / "other", classes=["zebra", "ant"])
     assert artifact.read_header(tmp_path / "other").classes == ("zebra", "ant")
+    # Which was taken once.
+    rewrite(tmp_path / "other", lambda h: h.update(classes=[1, 0]))
+    assert artifact.read_header(tmp_path / "other").classes == ("1", "0")
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf])

@@ -29,7 +29,7 @@ def test_json_and_back():
         {"crop": 200},
         {"resize": "256"},
         {"resize": 10**6},
-        {"resize": 1793},
+        {"shape": [3, 224, 10**6], "crop": None},
         {"mean": [10**400, 0.4, 0.3]},
     ],
     ids=str,

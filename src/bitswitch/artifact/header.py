@@ -138,9 +138,10 @@ class Header:
             raise ValueError("the network has no name and arguments")
         classes = value["classes"]
         if classes is not None:
-            if type(classes) is not list or not all(isinstance(name, str) for name in classes):
+            # Numbers for names are what `save` took once.
+            if type(classes) is not list or not all(type(name) in (str, int) for name in classes):
                 raise ValueError("classes is no list of names")
-            classes = tuple(classes)
+            classes = tuple(map(str, classes))
         known = dict.fromkeys(names)
         frontier = tuple(check_choice(choice, known, widths) for choice in value["frontier"])
         return cls(**value | {"widths": widths, "layers": layers, "classes": classes, "frontier": frontier})

@@ -97,7 +97,7 @@ class DistillationPart(_Part):
 
     @model_validator(mode="after")
     def _used(self) -> "DistillationPart":
-        if self.teacher == "none" and (self.temperature, self.weight) != (1.0, 0.5):
+        if self.model_fields_set and "teacher" not in self.model_fields_set:
             raise ValueError("a temperature and a weight are a teacher's: set teacher, too, float or highest")
         return self
 
@@ -180,11 +180,6 @@ class SupernetPart(QuantizedPart):
         if self.sandwich and self.sampler == "fixed":
             raise ValueError(
                 "supernet.sandwich=true draws its middle forward: use sampler=hasb or uniform, or sandwich=false"
-            )
-        if (self.sandwich or self.sampler == "fixed") and self.sigma != 0.5:
-            raise ValueError(
-                "supernet.sigma is of mixtures around the width of a forward, which sampler=fixed and sandwich=true do not "
-                "draw: leave it out"
             )
         if self.sampler != "hasb" and (self.sensitive != "mean" or self.cap != 1):
             raise ValueError(

@@ -38,8 +38,8 @@ class Listing:
 def list_images(root: Path) -> Listing:
     """The images of a folder with train/ and test/ or val/, or of class folders alone, which are test.
 
-    Of test/ and val/, the first that has folders in it is test. Where none of the three has, and other folders are beside
-    them, they are classes of these names.
+    Of test/ and val/, the first that has folders in it is test. A train/ without folders in it, with other folders and none of
+    the two beside it, is a class of that name, as CIFAR-100 has one.
 
     Raises:
         UserError: no such folder, one that cannot be listed, no images, an empty class, or classes that differ between train
@@ -60,7 +60,7 @@ def list_images(root: Path) -> Listing:
 
 def _split_folders(root: Path) -> tuple[Path | None, Path]:
     present = {name: root / name for name in ("train", "test", "val") if files.is_folder(root / name)}
-    if not any(map(_inside, present.values())) and set(_inside(root)) > present.keys():
+    if list(present) == ["train"] and not _inside(present["train"]) and len(_inside(root)) > 1:
         return None, root
     held_out = [present[name] for name in ("test", "val") if name in present]
     if "train" in present and not held_out:

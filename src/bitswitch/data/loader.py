@@ -181,6 +181,7 @@ def _through_workers(reader: _Reader, batches: list[list[int]], workers: int, de
         pin_memory=device.type == "cuda",
         # DataLoader draws a seed for its workers: not from the global generator, which the training's numbers hang on.
         generator=torch.Generator(),
+        worker_init_fn=_interruptible,
     )
     with _uninterrupted():
         # Workers start here.
@@ -190,6 +191,11 @@ def _through_workers(reader: _Reader, batches: list[list[int]], workers: int, de
             raise batch
         images, labels = batch
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+def _interruptible(_worker: int) -> None:
+    """Have Ctrl-C end a worker, which was forked while it was put off."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

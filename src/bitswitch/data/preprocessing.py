@@ -11,10 +11,8 @@ from torchvision.transforms.v2 import functional
 
 from bitswitch.errors import UserError
 
-# Of a side in pixels: far above any network's, and an image of it still fits into memory.
-_MOST_SIZE = 1 << 13
-# A batch is resized before it is cropped.
-_MOST_REDUCTION = 8
+# Far above any network's.
+_MOST_NUMBERS = 1 << 26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +41,10 @@ class Preprocessing:
 
     def _problem(self) -> str | None:
         sizes = [*self.shape, *(size for size in (self.resize, self.crop) if size is not None)]
-        if len(self.shape) != 3 or not all(type(size) is int and 0 < size <= _MOST_SIZE for size in sizes):
-            return (
-                "shape is three whole numbers (channels, height, width), resize and crop are one or null, all from 1 to "
-                f"{_MOST_SIZE}"
-            )
-        if self.resize is not None and self.resize > _MOST_REDUCTION * max(self.shape[1:]):
-            return f"resize is more than {_MOST_REDUCTION} times the side of the shape"
+        if len(self.shape) != 3 or not all(type(size) is int and size > 0 for size in sizes):
+            return "shape is three whole numbers above 0 (channels, height, width), resize and crop are one or null"
+        if math.prod(self.shape) > _MOST_NUMBERS or (self.resize or 0) ** 2 > _MOST_NUMBERS:
+            return f"an image has more than {_MOST_NUMBERS:,} numbers"
         if not len(self.mean) == len(self.std) == self.shape[0]:
             return f"mean and std need one number for each of {self.shape[0]} channels"
         if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:

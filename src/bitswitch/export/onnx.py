@@ -1,6 +1,5 @@
 """`export_onnx`: one ONNX file for one assignment, in standard operations, checked before it is put in place."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,12 +24,12 @@ from bitswitch.export.patches import standard_sums
 from bitswitch.nn import as_arguments, unwrapped, widths
 from bitswitch.runtime.bindings import Bindings, Product
 from bitswitch.runtime.executable import Executable
-from bitswitch.runtime.source import read
+from bitswitch.runtime.source import Source, read
 
 Weights = Literal["int8", "int4", "int2"]
 _BITS: Mapping[str, int] = {"int8": 8, "int4": 4, "int2": 2}
 _PACKED = {4: ir.DataType.INT4, 2: ir.DataType.INT2}
-_ASSIGNMENT = "bitswitch.assignment"
+_ASSIGNMENT, _ARTIFACT = "bitswitch.assignment", "bitswitch.artifact"
 # How many inputs are drawn to hold a file against its model.
 _DRAWN_INPUTS = 8
 _DRAWN_DTYPES = {"tensor(int32)": torch.int32, "tensor(bool)": torch.bool}
@@ -169,13 +168,15 @@ def _can_fold(node: ir.Node) -> bool | None:
     return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
 
 
-def assignment_of(path: str | Path) -> Mapping[str, int] | None:
-    """The widths by layer of an ONNX file that `export_file` or `export_onnx` wrote; None where it is none."""
+def is_of_another(path: str | Path, source: Source, assignment: Assignment) -> bool:
+    """Whether a file is the ONNX file of the same artifact, and of another assignment."""
     try:
         properties = onnx.load_model(path, load_external_data=False).metadata_props
-        return next((json.loads(one.value) for one in properties if one.key == _ASSIGNMENT), None)
-    except (OSError, ValueError, DecodeError):
-        return None
+    except (OSError, DecodeError):
+        return False
+    known = {one.key: one.value for one in properties}
+    same = known.get(_ARTIFACT) == files.digest(source.header.to_text().encode())
+    return same and known.get(_ASSIGNMENT) != files.canonical_json(assignment.to_json())
 
 
 def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) -> bytes:
@@ -209,6 +210,7 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
     sink(graph.model.graph, TO_LAST)
     graph.model.graph.sort()
     graph.strip()
+    graph.model.metadata_props[_ARTIFACT] = files.digest(graph.header.to_text().encode())
     graph.model.metadata_props[_ASSIGNMENT] = files.canonical_json(dict(assignment))
     proto = ir.serde.serialize_model(graph.model)
     onnx.checker.check_model(proto, full_check=True)

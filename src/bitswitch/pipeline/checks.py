@@ -16,8 +16,8 @@ from bitswitch.config import PretrainPart, QuantizedPart
 from bitswitch.data import DataSet
 from bitswitch.errors import UserError, nearest
 from bitswitch.models import build, load_weights
-from bitswitch.nn import quantized_layers
-from bitswitch.pipeline.run import Run, about, build_network, quantized
+from bitswitch.nn import make_transitional, quantized_layers
+from bitswitch.pipeline.run import Run, about, build_network, float_network, quantized
 from bitswitch.training.distributed import barrier, gather
 from bitswitch.training.sampler import most_sensitive
 
@@ -87,7 +87,8 @@ def check_network(run: Run, data: DataSet, stages: Sequence[str]) -> None:
         stages: that are to be done.
 
     Raises:
-        UserError: it does not fit, its checkpoints could not be read again, or a search ties layers that there are not.
+        UserError: it does not fit, its checkpoints could not be read again, or what is asked for cannot be had; see
+            `check_mixed`.
     """
     name = run.recipe.model.name
     network, images = build_network(run.recipe, data).eval(), data.sample(2)
@@ -130,13 +131,13 @@ def check_network(run: Run, data: DataSet, stages: Sequence[str]) -> None:
 
 
 def check_mixed(run: Run, data: DataSet, stages: Sequence[str]) -> None:
-    """Refuse a SuperNet or a search that cannot be had, before the stages that come before it are done.
+    """Refuse a SuperNet or a search that cannot be had, before the stages that come before it are done; pretrain is done.
 
     Raises:
         UserError: the cap is of less than one layer; the search ties layers or has a latency table of layers that there are
             not, or a budget that nothing meets.
     """
-    _check_quantized(run, data, build(**about(run, data)["network"]).eval(), stages)
+    _check_quantized(run, data, float_network(run, data).eval(), stages)
 
 
 def _check_quantized(run: Run, data: DataSet, network: nn.Module, stages: Sequence[str]) -> None:
@@ -150,7 +151,8 @@ def _check_quantized(run: Run, data: DataSet, network: nn.Module, stages: Sequen
         if layer not in layers:
             raise UserError(f"search.tied: no layer that is quantized is named {layer!r}{nearest(layer, layers)}")
     latency = None if part.latency is None else room.read_latency(part.latency)
-    # The SuperNet's own bytes may be more, those of its batch normalizations: what is too little here is so there.
+    if run.recipe.supernet is not None and run.recipe.supernet.batch_norm == "transitional":
+        model = make_transitional(model)
     costs = room.cost_tables(model, (data.sample(1),), latency)
     damage = {name: dict.fromkeys(run.recipe.bits, 0.0) for name in layers}
     problem = room.Problem(damage=damage, costs=costs, tied=part.tied)

@@ -172,12 +172,12 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
     left = [stage for stage in stages if not _is_done(run, records.get(stage))]
     for stage in left:
         checks.check_batches(run, data, stage)
+    if "search" in stages:
+        subnets.check(run, data)
     if not _is_done(run, records.get("pretrain")):
         checks.check_network(run, data, stages)
     elif {"supernet", "search"} & set(left):
         checks.check_mixed(run, data, left)
-    if "search" in stages:
-        subnets.check(run, data)
     run.directory.write_records(records)
     for stage in forgotten:
         run.directory.rewind_metrics(stage, 0)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bitswitch.pipeline.run import Run, engine, float_network, from_checkpoint
 from bitswitch.pipeline.saving import save_artifact
 from bitswitch.pipeline.training import traces_of
 from bitswitch.training import evaluate
+from bitswitch.training.evaluate import with_less_at_once
 
 _EVALUATION_BATCH = 256
 # So many SubNets are scored in one pass over val.
@@ -215,13 +217,20 @@ def _val_images(run: Run, data: DataSet) -> int:
 def _top1(run: Run, data: DataSet, model: nn.Module, assignments: Sequence[Assignment]) -> list[float]:
     """Top-1 on the first images of val, for each assignment; the last batch is whole."""
     world = run.world
-    # This rank's share of the first batches.
-    own = len(range(world.rank, -(-_val_images(run, data) // _EVALUATION_BATCH), world.size))
-    found: list[float] = []
-    for start in range(0, len(assignments), _AT_ONCE):
+
+    def score(some: Sequence[Assignment], images: int) -> list[float]:
+        # This rank's share of the first batches; smaller ones are parts of these.
+        whole = -(-_val_images(run, data) // _EVALUATION_BATCH) * (_EVALUATION_BATCH // images)
+        own = len(range(world.rank, whole, world.size))
         batches = data.evaluation_batches(
-            "val", batch_size=_EVALUATION_BATCH, device=run.device, rank=world.rank, world=world.size
+            "val", batch_size=images, device=run.device, rank=world.rank, world=world.size
         )
-        some = assignments[start : start + _AT_ONCE]
-        found += [score.top1 for score in evaluate(model, itertools.islice(batches, own), some, world=world)]
-    return found
+        return [score.top1 for score in evaluate(model, itertools.islice(batches, own), some, world=world)]
+
+    return [
+        top1
+        for start in range(0, len(assignments), _AT_ONCE)
+        for top1 in with_less_at_once(
+            partial(score, assignments[start : start + _AT_ONCE]), _EVALUATION_BATCH, run.device, world
+        )
+    ]

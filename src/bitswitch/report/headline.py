@@ -10,7 +10,6 @@ from bitswitch.report.markdown import difference, grouped, table
 _Result = Mapping[str, Any]
 # What one seed says does not belong on a front page.
 _SEEDS = 3
-_SHORT_DATA = "JPEG-compressed CIFAR-10"
 # What is shown, in this order, and what a reader who does not know our names for it is told.
 _SELF, _PAPER, _LSQ = "bitswitch", "the paper's recipe", "LSQ jointly, float weights kept"
 _LSQ_TAUGHT = "LSQ jointly, trained as bitswitch's row is"
@@ -45,11 +44,12 @@ def headline(results: Sequence[_Result]) -> list[str]:
             ]
             stored = sum(stored_bytes(some[0]) for some in variants)
             rows.append([label, f"{stored / 1e3:,.0f}", *map(_cell, scores)])
+        shown = [run for variants in ways.values() for some in variants for run in some]
+        data = "; ".join(sorted({run["data"] for run in shown}))
         title = (
-            f"ResNet20 on {_SHORT_DATA}, one network for {', '.join(map(str, bits))} bits: top-1 % on test (points above "
+            f"ResNet20, one network for {', '.join(map(str, bits))} bits, on {data}: top-1 % on test (points above "
             f"float, ± standard deviation over seeds), mean of seeds {', '.join(map(str, sorted(levels)))}"
         )
-        shown = [run for variants in ways.values() for some in variants for run in some]
         tables.append(table(title, ["", "stores, kB", *(f"{width} bits" for width in bits)], rows, shown))
     return tables
 
@@ -62,12 +62,13 @@ def differences(results: Sequence[_Result]) -> list[str]:
     """
     tables = []
     for bits, (_, ways) in _decided(results).items():
-        # Ours for longer is held against others of as many epochs.
+        # Ours for longer is held against others for longer.
+        longer = ways.keys() - LABELS.values()
         pairs = [
             (one, other)
             for one in ways
             for other in ways
-            if one.startswith(_SELF) and not other.startswith(_SELF) and other.endswith(one.removeprefix(_SELF))
+            if one.startswith(_SELF) and not other.startswith(_SELF) and (one == _SELF or other in longer)
         ]
         pairs += [(_LSQ_TAUGHT, _LSQ)] * (_LSQ_TAUGHT in ways and _LSQ in ways)
         rows = [
