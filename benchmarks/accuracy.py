@@ -8,8 +8,8 @@ result file: every other job of that seed starts from this file, so that drops a
 `glance-*` is one epoch and `screen-*` five, judged on val; `decide-*` is ten and `long-*` twenty, also scored on test. A way
 of training that visits two of four widths in a step costs half: `*-twice-as-long` is twice as many epochs (forty of `long-*`),
 for as many forwards as the others have. Of the ways of three widths, one has half as many again for that reason, which is in
-the queue of `decide-*`: see SCHEDULES. A job that was killed goes on from its last epoch while --work is there; a job whose file
-is there is done. `make results` writes docs/results.md from the files.
+the queue of `decide-*`: see SCHEDULES. A job that was killed goes on from its last epoch while --work is there; a job whose
+file is there is done. `make results` writes docs/results.md from the files.
 
 On a CPU that others use, OMP_NUM_THREADS=1 gives more images a second, and with glibc MALLOC_MMAP_THRESHOLD_=4000000000
 MALLOC_TRIM_THRESHOLD_=4000000000 keep memory from step to step, whose page faults took a fifth of the time of two trainings
@@ -33,7 +33,7 @@ import result
 from bitswitch import files
 from bitswitch.artifact import Header
 from bitswitch.data import DataSet, Preprocessing, load_data
-from bitswitch.machine import machine
+from bitswitch.machine import machine, source_commit
 from bitswitch.models.weights import read_weights
 from bitswitch.pipeline import choose_device
 from bitswitch.training import load_checkpoint
@@ -223,26 +223,31 @@ def and_before(path: Path, now: str) -> list[str]:
 
 
 def run_stage(stage: str, run: Path, seed: int, places: Places, words: tuple[str, ...]) -> None:
+    # Processes that are started later run what is there then.
+    if (source_commit() or "").partition("+")[0] != (result.commit() or "").partition("+")[0]:
+        sys.exit(f"another commit was checked out since the job began, at {result.commit()}: start it again")
     where = () if places.data is None else (f"data.root={places.data}",)
     command = [sys.executable, "-m", "bitswitch", stage, RECIPE, *where, *words, "--seed", str(seed), "--out", str(run)]
     subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
 
 
 def images_for(header: Header, folder: str) -> DataSet:
-    """CIFAR-10 as an artifact wants it normalized."""
-    return load_data("cifar10", folder).with_preprocessing(Preprocessing.from_json(dict(header.preprocessing or {})))
+    """CIFAR-10 as an artifact wants it normalized; the images that it was trained on, and no others."""
+    data = load_data("cifar10", folder).with_preprocessing(Preprocessing.from_json(dict(header.preprocessing or {})))
+    if header.provenance.get("data_sha256", data.fingerprint()) != data.fingerprint():
+        sys.exit(f"{folder}: these are not the images that the file was trained on")
+    return data
 
 
 def _float(run: Path, seed: int, places: Places) -> dict[str, Any]:
-    start = () if places.start is None else (f"pretrain.checkpoint={places.start}",)
-    run_stage("pretrain", run, seed, places, (*NORMALIZED, *FLOAT, *start))
+    if places.start is None:
+        sys.exit(f"float-seed{seed} begins with published weights: name them with --start")
+    run_stage("pretrain", run, seed, places, (*NORMALIZED, *FLOAT, f"pretrain.checkpoint={places.start}"))
     rows = _metrics(run, "pretrain")
     weights = places.results / f"float-seed{seed}.safetensors"
     files.write(weights, save(read_weights(run / "checkpoints" / "pretrain.pt")))
     final = _finals(rows, ("val", "test"))
-    source = (
-        None if places.start is None else {"name": Path(places.start).name, "sha256": files.file_digest(places.start)}
-    )
+    source = {"name": Path(places.start).name, "sha256": files.file_digest(places.start)}
     return {
         "split": "val, test",
         "epochs": len(_curves(rows)["float"]["top1"]),

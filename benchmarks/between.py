@@ -60,7 +60,9 @@ def _rows(job: str, known: Mapping[str, Any], artifact: Path, folder: str) -> tu
     sizes = {name: layer.stored_shape.numel() for name, layer in quantized_layers(model).items()}
     seed, split = known["seeds"][0], known["split"]
     drawn = {
-        budget: mixed.random_subnets(tuple(sizes), _beside(budget, header.widths), budget, seed) for budget in BUDGETS
+        budget: mixed.random_subnets(tuple(sizes), _beside(budget, header.widths), budget, seed)
+        for budget in BUDGETS
+        if budget < header.widths[0] and budget not in header.widths
     }
     asked = [one for some in drawn.values() for one in some]
     top1 = dict(zip(asked, mixed.top1_of(model, data, split, asked, None), strict=True))

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 
 import result
+from bitswitch.machine import machine
+from bitswitch.pipeline import choose_device
 
 VARIANTS = {
     "log relative eta=1": ["train.scale_form=log"],
@@ -73,6 +75,8 @@ def write(out: Path, found: dict[str, list[dict[str, dict[str, float]]]], seeds:
     result.write(
         out,
         title="Digits: defaults of joint training, top-1 % on 144 val images, mean over seeds",
+        # Its processes take a GPU where there is one.
+        machine=machine(choose_device("auto")),
         data="digits (scikit-learn)",
         split="val",
         seeds=range(seeds),

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import result
+from bitswitch.machine import machine
+from bitswitch.pipeline import choose_device
 
 
 def scores(seed: int, out: Path, *overrides: str) -> dict[str, float]:
@@ -72,6 +74,8 @@ def main() -> None:
     result.write(
         options.out,
         title="Digits: top-1 % on 360 test images, one network for all widths" + ", compiled and not" * options.compile,
+        # Its processes take a GPU where there is one.
+        machine=machine(choose_device("auto")),
         data="digits (scikit-learn)",
         split="test",
         seeds=range(options.seeds),

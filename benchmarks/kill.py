@@ -31,6 +31,8 @@ from typing import Any
 import torch
 
 import result
+from bitswitch.machine import machine
+from bitswitch.pipeline import choose_device
 
 MIXED = ["sensitivity.images=256", "supernet.epochs=6", "search.points=16"]
 DIGITS = ["digits", "pretrain.epochs=6", "train.epochs=5", *MIXED]
@@ -228,6 +230,8 @@ def write(options: argparse.Namespace, rows: list[list[Any]], found: list[dict[s
     result.write(
         options.json,
         title="Runs killed (SIGKILL) at random moments and started again, against the undisturbed run",
+        # Its processes take a GPU where there is one.
+        machine=machine(choose_device("auto")),
         data="cifar10-jpeg" if options.images else "digits",
         split="train, val, test",
         seeds=[options.seed],

@@ -17,6 +17,7 @@ import torch
 import result
 from bitswitch.data import Batches, DataSet, MemoryDataSet, load_data
 from bitswitch.errors import UserError
+from bitswitch.machine import machine
 from bitswitch.pipeline import choose_device
 
 
@@ -77,6 +78,7 @@ def main() -> None:
         result.write(
             options.json,
             title="Training batches, images/s",
+            machine=machine(choose_device(options.device)),
             data=options.folder.name,
             split="train",
             columns=["from", "workers", "images/s", "first batch s", "opened s"],

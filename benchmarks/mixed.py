@@ -11,6 +11,7 @@ are drawn evenly among all whose average is the greatest that the budget allows.
 """
 
 import argparse
+import json
 import re
 import shutil
 import statistics
@@ -80,6 +81,7 @@ def do(job: str, places: accuracy.Places) -> None:
     before = files.read_json(places.results / f"{joint}.json")
     run = places.work / f"mixed-{job}"
     commits = accuracy.and_before(places.work / f"mixed-{job}.commits", result.commit() or "unknown")
+    machines = accuracy.and_before(places.work / f"mixed-{job}.machines", json.dumps(machine(DEVICE)))
     seed, split = before["seeds"][0], before["split"].split(", ")[-1]
     words = _words(way, before, places)
     # Of the float network, so of all ways.
@@ -107,7 +109,8 @@ def do(job: str, places: accuracy.Places) -> None:
         overrides=list(words),
         commit=commits[0],
         commits=commits,
-        machine=machine(DEVICE),
+        machine=json.loads(machines[-1]),
+        machines=[json.loads(one) for one in machines],
         **found,
     )
     print(f"{job}: {path} is written", flush=True)

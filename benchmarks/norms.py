@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 import result
+from bitswitch.machine import machine
+from bitswitch.pipeline import choose_device
 
 KINDS = ("transitional", "switchable")
 IMAGES = 2000
@@ -79,6 +81,8 @@ def main() -> None:
     result.write(
         options.out,
         title=f"Batch normalization in the SuperNet ({options.recipe}): top-1 % of {options.mixtures} random mixtures",
+        # Its processes take a GPU where there is one.
+        machine=machine(choose_device("auto")),
         data=options.recipe,
         split="val",
         seeds=range(options.seeds),

@@ -36,7 +36,15 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with train/ and test/")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
-    path = Path(shutil.copy(options.file, SHIPPED / f"{options.name}.safetensors"))
+    with tempfile.TemporaryDirectory() as folder:
+        # The package's file is replaced when all is measured.
+        path = Path(shutil.copy(options.file, Path(folder) / f"{options.name}.safetensors"))
+        ship(path, options)
+        files.write(SHIPPED / path.name, path.read_bytes())
+
+
+def ship(path: Path, options: argparse.Namespace) -> None:
+    """Put the graph into the file, measure it, and write that down."""
     header = artifact.read_header(path)
     data = accuracy.images_for(header, options.data)
     add_graph(path, data.sample(CALIBRATION_IMAGES))

@@ -24,6 +24,13 @@ RECIPES = {
     ("imagenet", "resnet50"): "imagenet-resnet50",
     ("imagenet", "mobilenetv2"): "imagenet-mobilenetv2",
 }
+# The SuperNet's schedule of a recipe that has none.
+MIXED = {
+    "cifar10-resnet20": "cifar10-resnet20-mixed",
+    "imagenet-resnet18": "imagenet-resnet18-432-mixed",
+    "imagenet-resnet50": "imagenet-resnet50-432-mixed",
+    "imagenet-mobilenetv2": "imagenet-resnet18-432-mixed",
+}
 ARCHITECTURES = {"digits": "resnet8", "cifar10": "resnet20", "imagenet": "resnet18"}
 
 
@@ -37,7 +44,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     found.add_argument("--epochs", type=int)
     found.add_argument("-b", "--batch-size", type=int)
     found.add_argument("--lr", type=float)
-    found.add_argument("--pretrained", help="a checkpoint of float weights to start from")
+    found.add_argument("--pretrained", help="a checkpoint of float weights that -bit_width_list=32 starts from")
     found.add_argument("--seed", type=int)
     found.add_argument("-e", "--evaluate", action="store_true", help="score what the program trained, on test")
     found.add_argument("--multiprocessing_distributed", action="store_true", help="one process a GPU (CPU: --ranks)")
@@ -65,11 +72,15 @@ def words_of(program: str, arguments: Sequence[str]) -> tuple[list[str], int]:
     out = given.out or Path("runs") / recipe
     stage = _stage(program, given)
     if given.evaluate:
+        for option in ("epochs", "batch_size", "lr", "pretrained", "seed"):
+            if getattr(given, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} does not apply with --evaluate")
         words = _evaluation(stage, given, out)
     else:
-        words = [stage, recipe, *_overrides(stage, given, recipe, out), "--out", str(out)]
-        if given.seed is not None:
-            words += ["--seed", str(given.seed)]
+        overrides, seed = _overrides(stage, given, recipe, out)
+        words = [stage, recipe, *overrides, "--out", str(out)]
+        if seed is not None:
+            words += ["--seed", str(seed)]
     return words, _ranks(given)
 
 
@@ -94,9 +105,10 @@ def _evaluation(stage: str, given: argparse.Namespace, out: Path) -> list[str]:
     return words + (["--data", given.data] if given.data else [])
 
 
-def _overrides(stage: str, given: argparse.Namespace, recipe: str, out: Path) -> list[str]:
-    """Those of the stages before, so that they count as done, with this command's laid over them."""
+def _overrides(stage: str, given: argparse.Namespace, recipe: str, out: Path) -> tuple[list[str], int | None]:
+    """Those of the stages before, so that they count as done, with this command's laid over them; and the seed."""
     found = _earlier(recipe, out)
+    before = found.pop("seed", None)
     if given.bit_width_list not in (None, "32"):
         try:
             found["bits"] = [int(width) for width in given.bit_width_list.split(",")]
@@ -105,25 +117,39 @@ def _overrides(stage: str, given: argparse.Namespace, recipe: str, out: Path) ->
     if given.data:
         found["data.root"] = given.data
     if given.pretrained:
+        if stage != "pretrain":
+            raise UserError(
+                f"--pretrained does not apply to {stage}, which goes on from what -bit_width_list=32 made: give it there "
+                "(with --epochs 0 to take it as it is)"
+            )
         found["pretrain.checkpoint"] = given.pretrained
     if stage in ("supernet", "search") and load_recipe(recipe).supernet is None and "supernet" not in found:
-        found["supernet"] = {}
+        part = load_recipe(MIXED[recipe]).supernet
+        assert part is not None
+        found["supernet"] = part.model_dump(mode="json", exclude_unset=True)
     for option, key in (("epochs", "epochs"), ("batch_size", "batch_size"), ("lr", "lr")):
         value = getattr(given, option)
         if value is not None:
             if stage == "search" or (stage == "sensitivity" and key != "batch_size"):
                 raise UserError(f"--{option.replace('_', '-')} does not apply to {stage}")
             found[f"{stage}.{key}"] = value
-    return [f"{key}={json.dumps(value)}" for key, value in found.items()]
+    seed = before if given.seed is None else given.seed
+    return [f"{key}={json.dumps(value)}" for key, value in found.items()], seed
 
 
 def _earlier(recipe: str, out: Path) -> dict[str, Any]:
-    """In what the run directory's resolved recipe differs from the recipe, {"key.of.part": value}."""
+    """In what the run directory's resolved recipe differs from the recipe, {"key.of.part": value}.
+
+    Raises:
+        UserError: a run of another network or other data is there.
+    """
     path = out / "config.yaml"
     if not path.is_file():
         return {}
-    there = load_recipe(str(path)).model_dump(mode="json")
-    return _differences(load_recipe(recipe).model_dump(mode="json"), there, "")
+    there, own = load_recipe(str(path)), load_recipe(recipe)
+    if there.model != own.model or there.data.name != own.data.name:
+        raise UserError(f"{out} holds a run of {there.model.name} on {there.data.name}: name another folder with --out")
+    return _differences(own.model_dump(mode="json"), there.model_dump(mode="json"), "")
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -132,12 +158,14 @@ def _differences(before: dict[str, Any], after: dict[str, Any], prefix: str) -> 
         old = before.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             found |= _differences(old, value, f"{prefix}{key}.")
-        elif old != value and f"{prefix}{key}" != "seed":
+        elif old != value:
             found[f"{prefix}{key}"] = value
     return found
 
 
 def _ranks(given: argparse.Namespace) -> int:
+    if given.ranks is not None and (given.ranks < 1 or not given.multiprocessing_distributed):
+        raise UserError(f"--ranks {given.ranks}: so many processes, 1 or more, go with --multiprocessing_distributed")
     if not given.multiprocessing_distributed:
         return 1
     import torch

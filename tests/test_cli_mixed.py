@@ -481,6 +481,22 @@ def test_what_the_last_stages_cannot_do_is_told_before_the_first_of_those_left(c
     assert set(json.loads((copied / "stages.json").read_text())) == {"pretrain"}
 
 
+def test_a_stage_from_another_checkpoint_is_refused(capsys, copied, tmp_path):
+    torch.save(torch.load(copied / "checkpoints" / "pretrain.pt", weights_only=True)["model"], tmp_path / "other.pt")
+    word = f"pretrain.checkpoint={tmp_path / 'other.pt'}"
+    before = (copied / "config.yaml").read_bytes()
+    told = call(capsys, "train", "digits", *SHORT, word, "--out", copied)
+    one_line(told, "a pretrain stage made otherwise (pretrain.checkpoint was another file, or none)")
+    assert (copied / "config.yaml").read_bytes() == before
+
+
+def test_the_example_of_mixed_widths(done):
+    example = Path(__file__).parents[1] / "examples" / "mixed_widths.py"
+    run = subprocess.run([sys.executable, example, done], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "every layer at 2 bits" in run.stdout and "of 144 val images" in run.stdout
+
+
 def test_a_search_is_checked_with_the_networks_own_weights_and_norms(capsys, copied, monkeypatch):
     seen = []
 

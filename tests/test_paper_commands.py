@@ -72,6 +72,10 @@ def test_local_ranks_are_spawned(capfd, monkeypatch, tmp_path):
         ("Super_net_solve/cal_hessian.py", ["--dataset", "digits", "--epochs", "3"], "--epochs does not apply"),
         ("Super_net/train.py", ["--dataset", "digits"], "stage pretrain is not done"),
         ("Multi_Precision/train.py", ["--dataset", "digits", "-bit_width_list=9,8"], "9 is not a bit-width"),
+        ("Multi_Precision/train.py", ["--pretrained", "a.pt"], "--pretrained does not apply to train"),
+        ("Multi_Precision/train.py", ["--evaluate", "--epochs", "3"], "--epochs does not apply with --evaluate"),
+        ("Multi_Precision/train.py", ["--ranks", "2"], "go with --multiprocessing_distributed"),
+        ("Multi_Precision/train.py", ["--multiprocessing_distributed", "--ranks", "0"], "--ranks 0"),
     ],
 )
 def test_mistakes(capfd, monkeypatch, tmp_path, program, words, message):
@@ -82,6 +86,25 @@ def test_mistakes(capfd, monkeypatch, tmp_path, program, words, message):
         runpy.run_path(str(CODE / program), run_name="__main__")
     assert stop.value.code != 0
     assert message in capfd.readouterr().err + str(stop.value.code)
+
+
+def test_a_folder_of_another_network_or_data_is_refused_and_its_seed_is_kept(capfd, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    program = "Multi_Precision/train.py"
+    words = ["--dataset", "digits", "--out", tmp_path / "a", "--epochs", 1]
+    assert call(capfd, monkeypatch, program, *words, "-bit_width_list=32", "--seed", 3)[0] == 0
+    status, printed, err = call(capfd, monkeypatch, program, *words, "-bit_width_list=8,2")
+    assert status == 0 and printed.endswith("--seed 3"), err
+    status, printed, _ = call(capfd, monkeypatch, program, "--out", tmp_path / "a", "-bit_width_list=8,2")
+    assert status == 2 and "holds a run of cifar_resnet8 on digits: name another folder with --out" in printed
+
+
+def test_a_supernet_has_the_schedule_of_the_papers(capfd, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = ["--dataset", "imagenet", "--data", tmp_path]
+    _, printed, _ = call(capfd, monkeypatch, "Super_net/train.py", *words)
+    (part,) = (word for word in shlex.split(printed) if word.startswith("supernet="))
+    assert json.loads(part.partition("=")[2]) == {"epochs": 90, "batch_size": 256, "lr": 5e-4, "weight_decay": 5e-5}
 
 
 def test_as_it_is_typed(tmp_path):

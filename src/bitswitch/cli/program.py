@@ -115,7 +115,7 @@ def _interrupted(given: Sequence[str]) -> str:
         return "interrupted"
     # Said again, --fresh throws away what this command did.
     fresh = "starts over; without --fresh it " if "--fresh" in given else ""
-    return f"interrupted; the same command {fresh}goes on from the last checkpoint"
+    return f"interrupted; the same command {fresh}goes on from the last checkpoint, or the last stage that is done"
 
 
 def _of_another_process(error: RuntimeError, given: Sequence[str]) -> str | None:

@@ -50,9 +50,14 @@ DataName = Annotated[
 Network = Annotated[str | None, typer.Option("--model", help="The network where the file does not name it.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]
 Device = Annotated[
-    str, typer.Option("--device", callback=_device, help="cpu, cuda, cuda:1; auto takes CUDA where there is one.")
+    str,
+    typer.Option(
+        "--device",
+        callback=_device,
+        help="cpu, cuda, cuda:1; auto: CUDA where there is one. Used to train and to score.",
+    ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="In place of the recipe's.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="In place of the recipe's; a file has its own.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Run directory; runs/<recipe> where it is not given.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do these stages again whatever is there.")]
 TensorBoard = Annotated[

@@ -211,16 +211,18 @@ def _inputs(run: Run, data: DataSet, stage: str) -> dict[str, str]:
         product = _STAGES[before].product(run.directory)
         if product.exists():
             inputs[before] = files.file_digest(product)
-    named = {
-        "pretrain": ("checkpoint", run.recipe.pretrain.checkpoint),
-        "search": ("latency", run.recipe.search.latency),
-    }
-    key, given = named.get(stage, ("", None))
+    key, given = _file_of(run.recipe, stage)
     if given is not None:
         if not Path(given).is_file():
             raise UserError(f"{stage}.{key}={given}: there is no such file")
         inputs[key] = files.file_digest(Path(given))
     return inputs
+
+
+def _file_of(recipe: Recipe, stage: str) -> tuple[str, str | None]:
+    """The key of a stage's part that names a file, and the file."""
+    named = {"pretrain": ("checkpoint", recipe.pretrain.checkpoint), "search": ("latency", recipe.search.latency)}
+    return named.get(stage, ("", None))
 
 
 def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any]) -> None:
@@ -231,6 +233,9 @@ def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any])
     found = changes(record["config"], _config(run.recipe, stage))
     if record["inputs"]["data"] != data.fingerprint():
         found.append("the data are others")
+    key, given = _file_of(run.recipe, stage)
+    if given is not None and Path(given).is_file() and record["inputs"].get(key) != files.file_digest(Path(given)):
+        found.append(f"{stage}.{key} was another file, or none")
     again = f"bitswitch {stage} {run.typed} --out {run.directory.path} --fresh does it again, with the same overrides"
     _refuse(run.directory, stage, found, f"{again}; or use another --out")
 
