@@ -1,13 +1,16 @@
 """Tables of trainings, and the benchmark that writes their files."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import accuracy
 from bitswitch import cli
 from bitswitch.errors import UserError
+from bitswitch.models import build
 from bitswitch.models.weights import read_weights
 from bitswitch.report import update
 from bitswitch.report.accuracy import _HELD_AGAINST, OURS, accuracy_tables
@@ -186,12 +189,15 @@ def places(monkeypatch, tmp_path):
     }
     monkeypatch.setattr(accuracy, "SCHEDULES", short)
     monkeypatch.setattr(accuracy, "subprocess", SimpleNamespace(run=in_this_process, DEVNULL=None))
-    return accuracy.Places(None, None, tmp_path / "work", tmp_path / "results")
+    torch.save(build("cifar_resnet8", {"in_channels": 1}).state_dict(), tmp_path / "start.pt")
+    return accuracy.Places(None, str(tmp_path / "start.pt"), tmp_path / "work", tmp_path / "results")
 
 
 def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
     with pytest.raises(SystemExit, match="do float-seed0 first"):
         accuracy.do("screen-ours-seed0", places)
+    with pytest.raises(SystemExit, match="name them with --start"):
+        accuracy.do("float-seed0", replace(places, start=None))
     jobs = ("float-seed0", "screen-scale-lr-2e-3-seed0", "decide-lsq-seed0")
     # A job that was begun elsewhere.
     elsewhere = {"device": "cuda (another)", "threads": 1, "torch": "2.0"}
