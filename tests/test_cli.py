@@ -429,10 +429,14 @@ def test_a_reader_of_images_that_was_killed_is_no_fault_of_ours(capsys, monkeypa
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["run", "digits"], "interrupted; the same command goes on from the last checkpoint\n"),
+        (
+            ["run", "digits"],
+            "interrupted; the same command goes on from the last checkpoint, or the last stage that is done\n",
+        ),
         (
             ["run", "digits", "--fresh"],
-            "interrupted; the same command starts over; without --fresh it goes on from the last checkpoint\n",
+            "interrupted; the same command starts over; without --fresh it goes on from the last checkpoint, or the last stage "
+            "that is done\n",
         ),
         (["recipes"], "interrupted\n"),
     ],
@@ -514,7 +518,7 @@ def test_a_starting_checkpoint_counts_by_its_content(capsys, done, tmp_path):
     state = torch.load(second, weights_only=True)
     state["model"]["linear.bias"] += 1
     torch.save(state, second)
-    one_line(call(capsys, *words, f"pretrain.checkpoint={second}"), "other inputs", "--fresh")
+    one_line(call(capsys, *words, f"pretrain.checkpoint={second}"), "checkpoint was another file", "--fresh")
     one_line(call(capsys, *words, "pretrain.checkpoint=nowhere.pt"), "nowhere.pt", "no such file")
 
 

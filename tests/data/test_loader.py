@@ -82,10 +82,13 @@ def test_an_interrupt_while_workers_start_is_not_lost(folder, cpu, monkeypatch):
             return super().__iter__()
 
     monkeypatch.setattr("bitswitch.data.loader.DataLoader", Forking)
+    # Whoever runs tests in several processes has them ignore it.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         next(folder().training_batches(batch_size=6, seed=1, device=cpu).epoch(0))
     assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, ignored)
     # Handlers can be set in the main thread alone.
     read = []
     thread = threading.Thread(target=lambda: read.extend(folder().evaluation_batches("test", batch_size=4, device=cpu)))

@@ -1,6 +1,7 @@
 """Data sets that stay in files: decoded and augmented image by image in DataLoader workers."""
 
 import hashlib
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -181,7 +182,6 @@ def _through_workers(reader: _Reader, batches: list[list[int]], workers: int, de
         pin_memory=device.type == "cuda",
         # DataLoader draws a seed for its workers: not from the global generator, which the training's numbers hang on.
         generator=torch.Generator(),
-        worker_init_fn=_interruptible,
     )
     with _uninterrupted():
         # Workers start here.
@@ -193,11 +193,6 @@ def _through_workers(reader: _Reader, batches: list[list[int]], workers: int, de
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def _interruptible(_worker: int) -> None:
-    """Have Ctrl-C end a worker, which was forked while it was put off."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Put Ctrl-C off: while a process forks, Python calls what drops a KeyboardInterrupt."""
@@ -205,7 +200,16 @@ def _uninterrupted() -> Iterator[None]:
         yield
         return
     asked: list[tuple[Any, ...]] = []
-    before = signal.signal(signal.SIGINT, lambda *call: asked.append(call))
+    own = os.getpid()
+
+    def ask(*call: Any) -> None:
+        # The worker that was forked has this handler for good: there it is as it was.
+        if os.getpid() == own:
+            asked.append(call)
+        elif callable(before):
+            before(*call)
+
+    before = signal.signal(signal.SIGINT, ask)
     try:
         yield
     finally:
