@@ -44,7 +44,7 @@ def headline(results: Sequence[_Result]) -> list[str]:
             ]
             stored = sum(stored_bytes(some[0]) for some in variants)
             rows.append([label, f"{stored / 1e3:,.0f}", *map(_cell, scores)])
-        shown = [run for variants in ways.values() for some in variants for run in some]
+        shown = _runs(ways)
         data = "; ".join(sorted({run["data"] for run in shown}))
         title = (
             f"ResNet20, one network for {', '.join(map(str, bits))} bits, on {data}: top-1 % on test (points above "
@@ -80,7 +80,7 @@ def differences(results: Sequence[_Result]) -> list[str]:
             f"What was decided at {', '.join(map(str, bits))} bits: points of top-1 above another row (mean over seeds of the "
             "paired differences ± their standard deviation; bold where the 95 % interval of the mean leaves 0 out)"
         )
-        shown = [run for variants in ways.values() for some in variants for run in some]
+        shown = _runs(ways)
         tables.append(table(title, ["row", "above", "on", *(f"{width} bits" for width in bits)], rows, shown))
     return tables
 
@@ -116,6 +116,10 @@ def _decided(
         if _SELF in ways:
             found[bits] = levels, ways
     return found
+
+
+def _runs(ways: Mapping[str, Sequence[Sequence[_Result]]]) -> list[_Result]:
+    return [run for variants in ways.values() for some in variants for run in some]
 
 
 def _above(one: Sequence[Sequence[_Result]], other: Sequence[Sequence[_Result]], width: int, split: str) -> str:
