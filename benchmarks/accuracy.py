@@ -370,4 +370,4 @@ def _short(value: float) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

@@ -94,4 +94,4 @@ def _bits_of_a_weight(digits: str, sizes: Mapping[str, int]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

@@ -195,4 +195,4 @@ def _answers(model: nn.Module, data: DataSet, assignments: Sequence[Assignment])
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

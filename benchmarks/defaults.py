@@ -87,4 +87,4 @@ def write(out: Path, found: dict[str, list[dict[str, dict[str, float]]]], seeds:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

@@ -81,4 +81,4 @@ def multiplied(model: nn.Module, factor: float) -> nn.Module:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

@@ -243,4 +243,4 @@ def write(options: argparse.Namespace, rows: list[list[Any]], found: list[dict[s
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

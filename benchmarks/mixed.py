@@ -264,4 +264,4 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

@@ -446,4 +446,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

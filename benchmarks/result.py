@@ -4,13 +4,14 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import quantile_test
 
 from bitswitch import files
+from bitswitch.errors import UserError
 from bitswitch.machine import machine, source_commit
 
 # When the benchmark starts: what runs is what is there then.
@@ -25,6 +26,14 @@ def commit() -> str | None:
 def command() -> str:
     """What was typed, without the places of this machine."""
     return shlex.join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)])
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark; a mistake of whoever typed its options ends in one line instead of a traceback."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))
 
 
 def write(

@@ -217,4 +217,4 @@ def has_vnni() -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

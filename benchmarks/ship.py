@@ -105,4 +105,4 @@ def ship(path: Path, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

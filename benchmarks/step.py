@@ -284,4 +284,4 @@ def write(options: argparse.Namespace, measured: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    result.run(main)

@@ -122,10 +122,39 @@ def test_fresh_does_a_stage_again(capsys, copied):
     one_line(call(capsys, "train", "digits", *SHORT, "--seed", 1, "--out", copied), "--fresh")
 
 
+def test_fresh_takes_up_no_earlier_checkpoint(capsys, copied):
+    words = ["train", "digits", *SHORT, "train.lr=2e-3", "--out", copied, "--fresh", "--json"]
+    status, _, err = call(capsys, *words)
+    assert status == 0 and "taken up" not in err
+    rows = [(r["epoch"], r["bits"]) for r in RunDirectory(copied).metrics() if r["stage"] == "train"]
+    assert rows == [*((0, bits) for bits in (8, 6, 4, 2)), *((None, bits) for bits in (8, 6, 4, 2))]
+
+
 def test_an_output_that_was_changed_is_noticed(capsys, copied):
     with (copied / "model.safetensors").open("ab") as stream:
         stream.write(b"x")
     one_line(call(capsys, "run", "digits", *SHORT, "--out", copied), "was changed since it was made")
+
+
+def test_an_artifact_that_is_not_the_trained_model_fails_its_stage(capsys, copied, monkeypatch):
+    def another(path, **options):
+        model = bs.load(path, **options)
+        with torch.no_grad():
+            next(model.parameters()).add_(1)
+        return model
+
+    monkeypatch.setattr("bitswitch.pipeline.saving.load", another)
+    status, out, err = call(capsys, "train", "digits", *SHORT, "--fresh", "--out", copied, "--json")
+    assert status == 1 and not out and "does not give the trained model's logits at 8 bits" in err
+    assert not RunDirectory(copied).records()["train"]["done"]
+
+
+def test_data_that_are_others_than_those_of_an_earlier_stage_are_refused(capsys, copied):
+    records = json.loads((copied / "stages.json").read_text())
+    records["pretrain"]["inputs"]["data"] = "0" * 64
+    del records["train"]
+    (copied / "stages.json").write_text(json.dumps(records))
+    one_line(call(capsys, "train", "digits", *SHORT, "--out", copied), "the data are others", "--fresh")
 
 
 def test_a_stage_needs_the_one_before(capsys, tmp_path):

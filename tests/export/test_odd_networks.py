@@ -12,6 +12,7 @@ from bitswitch.errors import UserError
 from bitswitch.export.onnx import export_file
 from bitswitch.runtime import Session
 from bitswitch.runtime.constants import _shifts_within_32_bits
+from bitswitch.runtime.executable import Executable
 
 IMAGES = torch.randn(8, 3, 9, 10, generator=torch.Generator().manual_seed(0))
 ROWS = torch.randn(2, 8, 5, generator=torch.Generator().manual_seed(1))
@@ -262,3 +263,52 @@ def test_sums_that_32_bits_may_not_hold(tmp_path, low):
             sums = hidden @ layer.weight_at(width).double().T + layer.bias.double()
             wanted = model[3](sums.float()).numpy()
         assert np.allclose(session.run(inputs.numpy()), wanted, rtol=1e-6, atol=1e-5)
+
+
+class Length(Plain):
+    """The size of the batch is asked for with len."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.zeros(1, 5).expand(len(x), -1)
+
+
+class OneSize(Plain):
+    """A batch of eight images alone."""
+
+    def forward(self, x):
+        return super().forward(x).view(8, 5)
+
+
+class LastIsDictionary(Plain):
+    """The last argument is a dictionary."""
+
+    def forward(self, x, more):
+        return {"sum": super().forward(x + more["b"]), "other": super().forward(x - more["a"])}
+
+
+@pytest.mark.parametrize("batch", [8, 1])
+def test_a_length_that_a_forward_asks_for_stays_free(tmp_path, batch):
+    model = bs.quantize(Length().eval(), example_inputs=IMAGES)
+    bs.save(model, tmp_path / "a", example_inputs=IMAGES[:batch])
+    bs.export_onnx(model, tmp_path / "a.onnx", example_inputs=IMAGES[:batch])
+    onnx = Executable((tmp_path / "a.onnx").read_bytes(), {})
+    for run in (Session(tmp_path / "a").run, lambda x: onnx.run([x])[0]):
+        for images in (1, 3, 8):
+            assert run(IMAGES[:images].numpy()).shape == (images, 5)
+
+
+def test_a_network_for_batches_of_one_size_is_told(tmp_path):
+    model = bs.quantize(OneSize().eval(), example_inputs=IMAGES)
+    for write in (bs.save, bs.export_onnx):
+        with pytest.raises(UserError, match="makes a constant of the batch's size, here 8"):
+            write(model, tmp_path / "a", example_inputs=IMAGES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_last_argument_may_be_a_dictionary(tmp_path):
+    inputs = (IMAGES, {"b": IMAGES.flip(0), "a": IMAGES / 2})
+    model = bs.quantize(LastIsDictionary().eval(), example_inputs=inputs)
+    bs.save(model, tmp_path / "a", example_inputs=inputs)
+    found = Session(tmp_path / "a").run(IMAGES.numpy(), IMAGES.flip(0).numpy(), (IMAGES / 2).numpy())
+    for one, expected in zip(found, model(*inputs).values(), strict=True):
+        np.testing.assert_allclose(one, expected.detach().numpy(), atol=1e-2)

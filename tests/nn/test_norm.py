@@ -168,3 +168,16 @@ def test_hooks_and_attributes_stay_on_a_normalization_that_becomes_transitional(
     model(torch.randn(8, 3, 8, 8))
     assert type(norm) is TransitionalBatchNorm and calls and norm.note == "theirs"
     assert norm.key in norm.variants and len(norm.variants) == len(list(norm._keys()))
+
+
+@pytest.mark.parametrize("make", [lambda model: model, make_transitional])
+def test_a_momentum_that_is_set_is_every_widths(make):
+    model = make(bs.quantize(Branches(), bits=(4, 2), example_inputs=torch.randn(8, 3, 8, 8)))
+    model.norm1.momentum, model.norm1.eps = 0.0, 1e-3
+    before = copy.deepcopy(model.norm1.state_dict())
+    for width in (4, 2):
+        with bs.switched(model, width):
+            model.train()(torch.randn(8, 3, 8, 8))
+            assert (model.norm1.momentum, model.norm1.eps) == (0.0, 1e-3)
+    moved = [name for name, tensor in model.norm1.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert moved and all(name.endswith("num_batches_tracked") for name in moved)

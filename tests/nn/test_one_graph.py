@@ -1,5 +1,6 @@
 """One function of tensors for all widths: the same numbers as the model's own forward, compiled once."""
 
+import copy
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from bitswitch.nn import evaluating, make_transitional, quantized_layers
 from bitswitch.nn.one_graph import OneGraph
 
 WIDTHS = (8, 6, 4, 2)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
 MIXTURES = [8, 2, {"1": 8, "3.0": 2}, {"1": 2, "3.0": 6}]
 
 
@@ -119,7 +121,7 @@ def test_the_twin_has_no_memory_of_its_own():
     assert {tensor.device.type for tensor in OneGraph(model, compiled=False).twin.state_dict().values()} == {"meta"}
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs a C++ compiler")
+@needs_compiler
 def test_one_compiled_graph_serves_all_widths_and_mixtures():
     model, x = quantized()
     make_transitional(model)
@@ -132,3 +134,31 @@ def test_one_compiled_graph_serves_all_widths_and_mixtures():
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert len({tuple(row.flatten().tolist()) for row in logits}) > 4
+
+
+class Remembers(Residual):
+    """A buffer that a forward replaces instead of writing into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.seen = 0.9 * self.seen + 0.1 * x.detach().abs().mean()
+        return super().forward(x) * (1 + self.seen)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_a_buffer_that_a_forward_replaces_is_the_models(compiled):
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    model = bs.quantize(Remembers(), bits=WIDTHS, example_inputs=x).train()
+    twin = copy.deepcopy(model)
+    graph = OneGraph(twin, compiled=compiled)
+    for width in (8, 2, 4):
+        bs.switch(model, width)
+        bs.switch(twin, width)
+        torch.testing.assert_close(graph(x), model(x))
+        torch.testing.assert_close(twin.seen, model.seen)
+    assert model.seen > 0

@@ -732,8 +732,9 @@ def test_a_state_of_other_meaning_is_not_loaded():
             "input of layer '2' is complex",
         ),
         (lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3)), torch.ones(4, 8), "lazy modules without shapes yet"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d(affine=False)), torch.ones(4, 3), "has lazy modules"),
     ],
-    ids=["empty", "complex", "lazy"],
+    ids=["empty", "complex", "lazy", "lazy buffers"],
 )
 def test_inputs_and_layers_that_have_no_scale(make, inputs, words):
     with pytest.raises(UserError, match=words):
@@ -790,3 +791,13 @@ def test_a_wrapped_network_is_quantized_switched_and_saved_by_its_own_names(tmp_
     bs.switch(wrapped, 8)
     bs.save(wrapped, tmp_path / "m")
     assert bs.widths(bs.load(tmp_path / "m", model=network))
+
+
+def test_what_is_quantized_in_inference_mode_can_be_trained(network, images):
+    with torch.inference_mode():
+        model = bs.quantize(network, example_inputs=images * 1)
+    optimizer = bs.MultiPrecisionOptimizer(model)
+    before = model.conv2.weight.detach().clone()
+    model(images).sum().backward()
+    optimizer.step(8)
+    assert not torch.equal(model.conv2.weight, before)

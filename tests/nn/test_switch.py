@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bitswitch as bs
+from bitswitch.errors import UserError
 from bitswitch.nn import QuantizedLayer, assignment, make_transitional, quantized_layers
 
 WIDTHS = (8, 4, 2)
@@ -357,3 +358,24 @@ def test_a_state_dict_fits_at_any_width(model):
     assert bs.widths(other) == {"a": 4, "b": 8, "c": 8}
     for width in WIDTHS:
         assert torch.equal(at(model.eval(), width), at(other.eval(), width))
+
+
+def test_a_switch_to_bits_that_are_not_loaded_changes_nothing(tmp_path, quantized, network):
+    bs.save(quantized, tmp_path / "a")
+    model = bs.load(tmp_path / "a", model=network, bits=4)
+    before = bs.widths(model)
+    first, *_, last = before
+    with pytest.raises(UserError, match="8 bits are not loaded"):
+        bs.switch(model, {first: 2, last: 8})
+    assert bs.widths(model) == before
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, torch.compile])
+def test_a_wrapped_model_is_saved_and_upgraded_as_the_model_in_it(tmp_path, quantized, network, images, wrap):
+    bs.save(wrap(quantized), tmp_path / "a")
+    model = bs.load(tmp_path / "a", model=network, bits=2)
+    wrapped = wrap(model)
+    inner = wrapped.module if hasattr(wrapped, "module") else model
+    bs.upgrade(wrapped, 8)
+    assert set(bs.widths(inner).values()) == {8}
+    assert torch.equal(inner(images), bs.load(tmp_path / "a", model=network)(images))

@@ -1,5 +1,6 @@
 """Costs, damage, `bitswitch.search`, genetic refinement."""
 
+import copy
 import itertools
 import json
 import math
@@ -360,3 +361,71 @@ def test_budgets_of_any_kind_of_number():
     )
     assert search.as_budgets([{"avg": 4, "bytes": np.float32(9)}]) == [{"bits": 4, "bytes": 9}]
     assert search.as_budgets([{"avg": 3, "bits": 7}, {"bits": 3, "avg": 7}]) == [{"bits": 3}] * 2
+
+
+class OfDictionary(nn.Module):
+    """Images come in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, inputs):
+        return self.block(inputs["pixels"])
+
+
+def test_operations_are_counted_for_one_image_of_a_dictionary():
+    model = bs.quantize(OfDictionary(), bits=WIDTHS, example_inputs=({"pixels": X},))
+    found = layer_costs(model, ({"pixels": X},))
+    assert {name.removeprefix("block."): cost.macs for name, cost in found.items()} == MACS
+
+
+@pytest.mark.parametrize("inputs", [(5,), (torch.tensor(1.0),), ({},)])
+def test_example_inputs_without_a_batch_are_told(model, inputs):
+    with pytest.raises(UserError, match="hold no image"):
+        layer_costs(model, inputs)
+
+
+class Tied(nn.Sequential):
+    """The first layer, which stays float, and the second share a weight; and there is a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__(*(nn.Linear(16, 16) for _ in range(4)))
+        self[1].weight = self[0].weight
+
+    def get_extra_state(self):
+        return {"version": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_float_layers_weight_costs_bytes_though_a_quantized_one_shares_it():
+    x, tied = torch.randn(8, 16), Tied()
+    apart = copy.deepcopy(tied)
+    apart[1].weight = nn.Parameter(tied[0].weight.detach().clone())
+    one, other = (cost_tables(bs.quantize(net, bits=WIDTHS, example_inputs=x))["bytes"] for net in (tied, apart))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"after": None}, "table 'damage' lacks layer 'after'"),
+        ({"main": {"8": 1.0}}, r"table 'damage' has '8' bits for layer 'main': there are \[8, 4, 2\]"),
+        ({"main": {8: 0.0, 6: 1.0}}, "table 'damage' has 6 bits for layer 'main'"),
+        ({"main": {8: "0"}}, "table 'damage' holds 0 for layer 'main'"),
+        ({"main": [1.0]}, "table 'damage' gives layer 'main' a list"),
+    ],
+)
+def test_a_damage_table_of_ones_own_is_told_of_by_its_name(model, changed, told):
+    table = {name: {8: 0.0, 4: 1.0, 2: 2.0} for name in WEIGHTS} | changed
+    with pytest.raises(UserError, match=told):
+        bs.search(model, {}, budgets=[4], damage={name: row for name, row in table.items() if row is not None})
+
+
+def test_a_damage_table_of_numpy_numbers_can_be_stored(model, tmp_path):
+    table = {name: {np.int64(8): np.float32(0), np.int64(2): torch.tensor(1.0)} for name in WEIGHTS}
+    found = bs.search(model, {}, budgets=[8], damage=table)
+    bs.save(model, tmp_path / "a.safetensors", frontier=found)
+    assert set(found[0].assignment.to_json().values()) == {8}

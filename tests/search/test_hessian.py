@@ -502,6 +502,8 @@ def test_bad_input():
     model, loss_fn, batches, _ = case("relu")
     with pytest.raises(UserError, match="did you mean 'conv'"):
         hessian_trace(model, loss_fn, batches, layers=["convv"])
+    with pytest.raises(UserError, match="no convolution or linear layer is named 0"):
+        hessian_trace(model, loss_fn, batches, layers=(number for number in (0, 2)))
     with pytest.raises(UserError, match="does not depend on layer 'unused'"):
         hessian_trace(model, loss_fn, batches, layers=["unused", "fc"])
     with pytest.raises(UserError, match="depends on no layer's weight"):

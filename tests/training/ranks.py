@@ -22,8 +22,23 @@ def network():
     )
 
 
+def check_odd_buffers(world):
+    """gloo reads numbers side by side, and does not know every dtype."""
+    odd, expected = (
+        nn.Module(),
+        {"strided": torch.arange(12.0).view(3, 4)[:, ::2], "short": torch.tensor([1, 2, 3]).short()},
+    )
+    expected |= {"expanded": torch.ones(1, 3), "flag": torch.tensor(True), "none": torch.zeros(0, 2)}
+    for name, tensor in expected.items():
+        base = torch.zeros(tensor.shape[0], 4)[:, ::2] if name == "strided" else torch.zeros_like(tensor)
+        odd.register_buffer(name, base if world.rank else tensor)
+    ranks.broadcast_buffers(odd, world)
+    assert all(torch.equal(getattr(odd, name), tensor) for name, tensor in expected.items())
+
+
 def main(out, dtype, steps, micro_batches):
     world = ranks.join("cpu")
+    check_odd_buffers(world)
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(32, 3, 8, 8, generator=generator).to(dtype)
     labels = torch.randint(0, 5, (32,), generator=generator)

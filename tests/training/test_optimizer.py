@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -313,3 +314,40 @@ def test_two_optimizers_of_one_state_share_nothing():
         optimizer.step(8)
         for a, b in zip(plain.parameters(), one.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_a_state_whose_moments_have_other_shapes_is_refused():
+    """The names are the same; fused Adam would read and write past the end of moments that are too small."""
+    torch.manual_seed(0)
+    x, layers = torch.randn(16, 8), [nn.Linear(8, 8) for _ in range(4)]
+    one, other = (bs.quantize(nn.Sequential(*layers), per_channel=way, example_inputs=x) for way in (False, True))
+    optimizer = bs.MultiPrecisionOptimizer(one)
+    one(x).sum().backward()
+    optimizer.step(8)
+    state, fresh = optimizer.state_dict(), bs.MultiPrecisionOptimizer(other)
+    with pytest.raises(UserError, match="of other parameters: quantize with the same options"):
+        fresh.load_state_dict(state)
+    assert not fresh.state_dict()["scales"]["state"]
+    bs.MultiPrecisionOptimizer(bs.quantize(nn.Sequential(*layers), example_inputs=x)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("width", [np.int64(4), torch.tensor(4)])
+def test_a_width_may_be_a_number_of_numpy_or_torch(quantized, images, width):
+    optimizer = bs.MultiPrecisionOptimizer(quantized)
+    with bs.switched(quantized, 4):
+        quantized(images).sum().backward()
+    optimizer.step(width)
+    with bs.switched(quantized, 2):
+        quantized(images).sum().backward()
+    with pytest.raises(UserError, match=r"step\(4\) found gradients of 2 bits"):
+        optimizer.step(width)
+
+
+def test_a_model_whose_scales_are_frozen_is_refused(quantized):
+    with pytest.raises(UserError, match=r"no scale to train: all are frozen \(requires_grad is False\)"):
+        bs.MultiPrecisionOptimizer(quantized.requires_grad_(False))
+
+
+def test_an_infinite_weight_decay_is_refused(quantized):
+    with pytest.raises(UserError, match="all but clip are finite"):
+        bs.MultiPrecisionOptimizer(quantized, weight_decay=float("inf"))

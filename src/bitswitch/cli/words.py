@@ -45,7 +45,7 @@ Mixture = Annotated[
     typer.Option("--assignment", help="frontier.json, frontier.json#3, a JSON file {layer: bits}, or avg<=4."),
 ]
 DataName = Annotated[
-    str | None, typer.Option("--data", help="A data name or the folder of the images; its own where not given.")
+    str | None, typer.Option("--data", help="A data name or the folder of the images; digits need none.")
 ]
 Network = Annotated[str | None, typer.Option("--model", help="The network where the file does not name it.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, everything else on stderr.")]

@@ -75,7 +75,9 @@ def load_data(
             )
         return _digits(val_fraction)
     if root is None:
-        raise UserError(f"{name}: where are the images? Say data.root=FOLDER (to evaluate: --data FOLDER)")
+        raise UserError(
+            f"{name}: where are the images? Name their folder: data.root=FOLDER for a recipe, --data FOLDER for a file"
+        )
     try:
         place = Path(root).expanduser()
     except RuntimeError as error:

@@ -38,7 +38,8 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
         of its graph by their names, behind the network's own; their values are not in it. Constants are folded.
 
     Raises:
-        UserError: onnx or onnxscript is not installed, or torch cannot export the network.
+        UserError: onnx or onnxscript is not installed, torch cannot export the network, or its forward takes batches of one
+            size alone.
     """
     require("onnx", "onnx")
     require("onnxscript", "onnx")
@@ -46,29 +47,30 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
     from bitswitch.export.simplify import simplify
 
     inputs = _batch_of_two(example_inputs)
-    batch = torch.export.Dim("batch")
     size = inputs[0].shape[0]
-    shapes = tree_map(lambda x: {0: batch} if _has_batch(x, size) else {} if isinstance(x, Tensor) else None, inputs)
     try:
         twin = float_twin(model)
-        with warnings.catch_warnings():
-            for words in _NOT_FOR_THE_USER:
-                warnings.filterwarnings("ignore", words)
-            program = torch.onnx.export(
-                twin,
-                inputs,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-                opset_version=OPSET,
-                dynamic_shapes=_by_parameter(twin, shapes),
-            )
+        named = _shapes(twin, inputs, torch.export.Dim("batch"))
+        # A dict at the end torch would take for arguments by name.
+        program = _program(twin, (*inputs, {}) if isinstance(inputs[-1], dict) else inputs, named)
+        if isinstance(program.model.graph.inputs[0].shape[0], int):
+            # torch made a constant of the batch's size without a word. len(x) is a number where the forward is run, and
+            # stays what it is where its code is read instead.
+            shapes = _shapes(twin, inputs, torch.export.Dim.AUTO)
+            read = torch.export.export(twin, inputs, dynamic_shapes=shapes, strict=True)
+            if not read.range_constraints:
+                raise UserError(
+                    f"the forward of this {type(model).__name__} makes a constant of the batch's size, here {size}, and the "
+                    "graph would take no other: let it use x.shape[0] as it is, and -1 in a view"
+                )
+            program = _program(read, (), named)
+    except UserError:
+        raise
     except Exception as error:
         # The exporter raises many kinds of errors, all of which say that this network is not for it.
         # torch's own words come first and are of no network; the reason is what they were raised from.
         reason = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error.__cause__ or error)).split())
         raise UserError(f"torch.onnx.export cannot export this {type(model).__name__}: {reason[:300]}") from error
-    assert program is not None
     graph = program.model.graph
     weights = {f"{name}.weight" if name else "weight" for name, _ in _layers(model)}
     for value in graph.inputs:
@@ -88,6 +90,22 @@ def float_graph(model: nn.Module, example_inputs: tuple[Any, ...], tensors: Mapp
             graph.inputs.append(graph.initializers.pop(name))
     simplify(program.model)
     return program.model
+
+
+def _program(network: Any, inputs: tuple[Any, ...], shapes: tuple[Any, ...]) -> Any:
+    """torch's ONNX program of a module, or of its exported program."""
+    with warnings.catch_warnings():
+        for sentence in _NOT_FOR_THE_USER:
+            warnings.filterwarnings("ignore", sentence)
+        return torch.onnx.export(
+            network,
+            inputs,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+        )
 
 
 def float_twin(model: nn.Module) -> nn.Module:
@@ -138,8 +156,10 @@ def _has_batch(x: Any, size: int) -> bool:
     return isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == size
 
 
-def _by_parameter(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """One entry for each parameter of forward, as torch wants them: those that `*args` takes are a tuple of their own."""
+def _shapes(model: nn.Module, inputs: tuple[Any, ...], batch: Any) -> tuple[Any, ...]:
+    """What torch wants to know of sizes, one entry for each parameter of forward; `*args` takes a tuple of its own."""
+    size = inputs[0].shape[0]
+    shapes = tree_map(lambda x: {0: batch} if _has_batch(x, size) else {} if isinstance(x, Tensor) else None, inputs)
     kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return shapes

@@ -18,7 +18,7 @@ from bitswitch.codes import bits_read
 from bitswitch.errors import UserError, check_number
 from bitswitch.export.tensors import fill
 from bitswitch.models import build, build_within, is_trusted, without_weights
-from bitswitch.nn import Plan, apply, quantized_layers, switch
+from bitswitch.nn import Plan, apply, quantized_layers, switch, unwrapped
 
 
 def load(
@@ -111,6 +111,7 @@ def upgrade(model: nn.Module, bits: int | None = None) -> None:
         UserError: the model was not loaded from an artifact; it has no such width; the file is gone, cut off, or not the one
             that it was.
     """
+    model = unwrapped(model)
     located = getattr(model, "bitswitch_located", None)
     if not isinstance(located, artifact.Located):
         raise UserError(

@@ -43,6 +43,14 @@ class SwitchableBatchNorm(nn.Module):
         variants: Any = super().__getattr__("variants")
         return getattr(variants[self.key], name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A network may set them itself, in its own train() for one, and means every width.
+        if name in ("eps", "momentum"):
+            for variant in self.variants.values():
+                setattr(variant, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def follows(self) -> QuantizedLayer:
         """The quantized layer whose width selects."""

@@ -57,13 +57,20 @@ class OneGraph:
         for mine, theirs in (*self._modes, *((mine, norm.variants[norm.key]) for mine, norm in self._twin_norms)):
             if mine.training != theirs.training:
                 mine.training = theirs.training
-        return self._call(self.tensors(), inputs)
+        places = self._places()
+        tensors = {name: held[key] for name, held, key in places}
+        result = self._call(tensors, inputs)
+        # Where a forward replaced a buffer instead of writing into it, functional_call left the new one here.
+        for name, held, key in places:
+            if tensors[name] is not held[key]:
+                held[key] = tensors[name]
+        return result
 
     def _of_tensors(self, tensors: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
         return functional_call(self.twin, tensors, inputs)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The model's tensors of the widths in use, by the names that the twin has for them."""
+    def _places(self) -> list[_Place]:
+        """Where the model's tensors of the widths in use are found, by the names that the twin has for them."""
         places = list(self._same)
         for name, layer in self._layers.items():
             at: _At = (name, layer.width, layer.weight.device)
@@ -75,7 +82,7 @@ class OneGraph:
             if at not in self._chosen:
                 self._chosen[at] = _places(f"{name}.", norm.variants[norm.key])
             places += self._chosen[at]
-        return {name: tensors[key] for name, tensors, key in places}
+        return places
 
 
 def _places(prefix: str, module: nn.Module) -> list[_Place]:

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, get_args
 
 import torch
@@ -38,6 +39,8 @@ def as_arguments(example_inputs: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
 
 
+# Parameters that are made in inference mode could never be trained.
+@torch.inference_mode(False)
 def quantize(
     model: nn.Module,
     *,
@@ -87,7 +90,7 @@ def quantize(
     check_word("scale_form", scale_form, get_args(ScaleForm))
     if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise UserError(f"this {type(model).__name__} is already quantized: quantize the float network")
-    if any(is_lazy(parameter) for parameter in model.parameters()):
+    if any(map(is_lazy, chain(model.parameters(), model.buffers()))):
         raise UserError(
             f"this {type(model).__name__} has lazy modules without shapes yet: run it once, then quantize it"
         )
@@ -241,7 +244,7 @@ def _warn_of_the_rest(
     reasons = {name: reason for name, reason in reasons.items() if not _inside(name, meant)}
     if reasons:
         listed = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
-        warnings.warn(f"stays float: {listed}. Name it in keep= to silence this", stacklevel=3)
+        warnings.warn(f"stays float: {listed}. Name it in keep= to silence this", stacklevel=4)
 
 
 def _inside(name: str, parents: Iterable[str]) -> bool:

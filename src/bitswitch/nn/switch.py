@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError
@@ -24,14 +25,14 @@ def check_network(model: object) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network in torch.compile's, DistributedDataParallel's and DataParallel's wrappers, which rename every layer.
+    """The network in torch's wrappers (torch.compile's, for several devices, of averaged weights), which rename every layer.
 
     Raises:
         UserError: it is no network.
     """
     check_network(model)
     while True:
-        inner = "module" if isinstance(model, (DistributedDataParallel, DataParallel)) else "_orig_mod"
+        inner = "module" if isinstance(model, (DistributedDataParallel, DataParallel, AveragedModel)) else "_orig_mod"
         wrapped = model._modules.get(inner)
         if wrapped is None:
             return model

@@ -76,12 +76,13 @@ class Session:
         self._current = self._ready(start)
 
     def run(self, *inputs: np.ndarray) -> np.ndarray | tuple[np.ndarray, ...]:
-        """The network's output; a tuple of arrays where it has several.
+        """The network's output; a tuple of arrays where it has several, those of a dictionary in its order.
 
         NaN is not looked for: a quantizer of bytes makes a number of it, so that results can be finite where torch's are NaN.
 
         Args:
-            inputs: what the network takes: for an image network one float32 array [N, C, H, W], normalised; N is free.
+            inputs: what the network takes: for an image network one float32 array [N, C, H, W], normalised; N is free, other
+                sizes are those of the example inputs that the graph was made with.
 
         Raises:
             UserError: the inputs do not fit the network.

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitswitch import files
+from bitswitch.artifact import tensor_name
 from bitswitch.errors import UserError
-from bitswitch.nn import evaluating, quantized_layers
+from bitswitch.nn import QuantizedLayer, evaluating, quantized_layers
 from bitswitch.search.programme import Problem, Table, check_table, no_cost
 
 
@@ -35,13 +36,16 @@ def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
 
     Args:
         model: made by `bitswitch.quantize`, or loaded.
-        example_inputs: what the model is called with; the first axis of the first is the batch.
+        example_inputs: what the model is called with; the first axis of the first tensor is the batch.
 
     Returns:
         {layer: its cost}, in the order of definition; a layer that did not run has no operations.
+
+    Raises:
+        UserError: the inputs have no tensor with a batch.
     """
     layers = quantized_layers(model)
-    batch = len(example_inputs[0])
+    batch = next((len(x) for x in tree_leaves(example_inputs) if isinstance(x, Tensor) and x.dim()), 0)
     if not batch:
         raise UserError("example_inputs hold no image to count operations for")
     whole = _results_of(model, example_inputs)
@@ -158,9 +162,11 @@ def cost_tables(
 
 def _numbers_besides(model: nn.Module) -> int:
     """How many numbers the model holds besides the quantized weights, each once."""
-    layers = quantized_layers(model).values()
-    weights = {id(tensor) for layer in layers for tensor in (layer.weight, layer.codes)}
-    rest = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in weights}
+    # By name: a float layer may share its weight with a quantized one, and keeps it.
+    layers = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)]
+    weights = {tensor_name(name, key) for name in layers for key in ("weight", "codes")}
+    state = model.state_dict(keep_vars=True).items()
+    rest = {id(tensor): tensor for name, tensor in state if name not in weights and isinstance(tensor, Tensor)}
     return sum(tensor.numel() for tensor in rest.values())
 
 

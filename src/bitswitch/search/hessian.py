@@ -77,7 +77,8 @@ def hessian_trace(
         raise UserError(f"rank={rank} is none of ranks={ranks}: they count from 0")
     if isinstance(layers, str):
         raise UserError(f"layers={layers!r}: give a list, such as [{layers!r}]")
-    if layers is not None and not len(layers):
+    layers = None if layers is None else list(layers)
+    if layers is not None and not layers:
         raise UserError("layers=[] names none: leave it out for all")
     if target is not None and iter(batches) is batches:
         raise UserError("the batches can be visited only once: give a list or a loader, or target=None for one round")
@@ -133,7 +134,7 @@ def _layers(model: nn.Module, layers: Sequence[str] | None) -> dict[str, Layer]:
     found = {n: m for n, m in modules.items() if isinstance(m, TRACED) and isinstance(m.weight, nn.Parameter)}
     for name in layers or ():
         if name not in found:
-            raise UserError(f"no convolution or linear layer is named {name!r}{nearest(name, found)}")
+            raise UserError(f"no convolution or linear layer is named {name!r}{nearest(str(name), found)}")
     return found if layers is None else {name: found[name] for name in found if name in layers}
 
 

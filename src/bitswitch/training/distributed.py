@@ -104,7 +104,7 @@ def broadcast_model(model: nn.Module, world: World) -> None:
     """Every rank takes rank 0's parameters and buffers."""
     if world.size > 1:
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor, 0)
+            _broadcast(tensor)
 
 
 @torch.no_grad()
@@ -112,7 +112,14 @@ def broadcast_buffers(model: nn.Module, world: World) -> None:
     """Every rank takes rank 0's buffers."""
     if world.size > 1:
         for tensor in model.buffers():
-            dist.broadcast(tensor, 0)
+            _broadcast(tensor)
+
+
+def _broadcast(tensor: Tensor) -> None:
+    """In place. gloo reads a tensor's numbers as if they were side by side, and does not know every dtype."""
+    raw = tensor.reshape(-1).contiguous().view(torch.uint8)
+    dist.broadcast(raw, 0)
+    tensor.copy_(raw.view(tensor.dtype).view(tensor.shape))
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ class Engine:
         call: Any = _compiled(model) if self.compile else model
 
         def forward(x: Tensor) -> Tensor:
-            if self.channels_last:
+            if self.channels_last and x.dim() == 4:
                 x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
                 logits = call(x)

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Mapping
+from itertools import chain
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -55,8 +56,15 @@ class MultiPrecisionOptimizer:
         for name, number in numbers.items():
             if name != "scale_lr" or number is not None:
                 check_number(name, number)
-        if not (0 < lr < math.inf and (scale_lr is None or 0 < scale_lr < math.inf) and weight_decay >= 0 and clip > 0):
-            raise UserError("lr, scale_lr and clip are greater than 0, rates finite, weight_decay is not negative")
+        if not (
+            0 < lr < math.inf
+            and (scale_lr is None or 0 < scale_lr < math.inf)
+            and 0 <= weight_decay < math.inf
+            and clip > 0
+        ):
+            raise UserError(
+                "lr, scale_lr and clip are greater than 0, weight_decay is not negative, all but clip are finite"
+            )
         lists = {layer.widths: name for name, layer in quantized_layers(model).items()}
         if len(lists) > 1:
             told = ", ".join(f"{name} {list(widths)}" for widths, name in lists.items())
@@ -79,7 +87,8 @@ class MultiPrecisionOptimizer:
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]
         if not any(groups.values()):
             raise UserError(
-                "this model has no scale to train: a model loaded from an artifact holds codes, not weights"
+                "this model has no scale to train: all are frozen (requires_grad is False), as those of a model loaded from an "
+                "artifact are, which holds codes and no weights"
             )
         # Fused: one kernel over all parameters, and a learning rate that may be a tensor, so that ALRS waits for nothing.
         fused = all(parameter.is_floating_point() for parameter in rest)
@@ -118,6 +127,8 @@ class MultiPrecisionOptimizer:
         """
         if width is not None and width not in self.widths:
             raise UserError(f"width {width!r} is not one of {list(self.widths)}")
+        # A tensor or a NumPy number is equal to a width, and no member of a set of widths.
+        width = None if width is None else int(width)
         if width is not None and not mixed:
             self._check_gradients(width)
         if self._weights is not None:
@@ -158,7 +169,7 @@ class MultiPrecisionOptimizer:
                 group["lr"] = one
             if group["name"].startswith("offset"):
                 # An offset is in units of the data, as a weight is, whatever form the scales are learned in.
-                group["lr"] = group["lr"] * (self.lr / self.scale_lr) if self.scale_lr else 0.0
+                group["lr"] = group["lr"] * (self.lr / self.scale_lr)
         self._scales.step()
         self._scales.zero_grad(set_to_none=True)
 
@@ -198,9 +209,10 @@ class MultiPrecisionOptimizer:
         optimizers = [(self._weights, state["weights"]), (self._scales, state["scales"])]
         # A state of an earlier version has no names.
         same = state.get("names", self._names) == self._names
-        if not same or any(_sizes(optimizer) != _sizes_of(saved) for optimizer, saved in optimizers):
+        if not same or not all(_is_state_of(optimizer, saved) for optimizer, saved in optimizers):
             raise UserError(
-                "the state is of an optimizer of other parameters: freeze the same ones before both are made, or after"
+                "the state is of an optimizer of other parameters: quantize with the same options, and freeze the same ones "
+                "before both are made, or after"
             )
         for optimizer, saved in optimizers:
             if optimizer is not None:
@@ -226,12 +238,15 @@ def _lay_alike(optimizer: torch.optim.Optimizer) -> None:
                     state[name] = laid.copy_(state[name])
 
 
-def _sizes(optimizer: torch.optim.Optimizer | None) -> list[int]:
-    return [] if optimizer is None else [len(group["params"]) for group in optimizer.param_groups]
-
-
-def _sizes_of(saved: Mapping[str, Any] | None) -> list[int]:
-    return [] if saved is None else [len(group["params"]) for group in saved["param_groups"]]
+def _is_state_of(optimizer: torch.optim.Optimizer | None, saved: Mapping[str, Any] | None) -> bool:
+    """Whether a state has as many parameters in each group, and moments of their shapes, which torch does not look at."""
+    if optimizer is None or saved is None:
+        return optimizer is saved
+    own, theirs = ([group["params"] for group in groups] for groups in (optimizer.param_groups, saved["param_groups"]))
+    if list(map(len, own)) != list(map(len, theirs)):
+        return False
+    moments = ((p, saved["state"].get(number, {})) for p, number in zip(chain(*own), chain(*theirs), strict=True))
+    return all(state[name].shape == p.shape for p, state in moments for name in ("exp_avg", "exp_avg_sq") if state)
 
 
 def _scales(model: nn.Module) -> dict[str, list[nn.Parameter]]:

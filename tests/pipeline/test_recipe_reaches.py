@@ -1,0 +1,60 @@
+"""What a recipe says reaches what does it: a key without effect would still stand in config.yaml and in provenance."""
+
+from types import SimpleNamespace
+
+from bitswitch.config import load_recipe
+from bitswitch.pipeline import run as rooms
+from bitswitch.pipeline import training
+from bitswitch.training import World
+
+
+def test_a_recipe_reaches_the_supernets_sampler(monkeypatch):
+    given, words = {}, {"sampler": "uniform", "sigma": 0.25, "sandwich": "true", "epochs": 3}
+    recipe = load_recipe("digits", [f"supernet.{key}={value}" for key, value in words.items()], seed=7)
+    monkeypatch.setattr(training, "AssignmentSampler", lambda **options: given.update(options))
+    monkeypatch.setattr(training, "quantized_layers", lambda model: {"a": None, "b": None})
+
+    run = SimpleNamespace(recipe=recipe)
+    training.supernet_sampler(run, None, {"a": 1.0, "b": 2.0}, 20)
+    assert given["layers"] == ("a", "b") and given["widths"] == (8, 6, 4, 2) and given["sensitive"] == {"b"}
+    assert (given["sampling"], given["sigma"], given["sandwich"]) == ("uniform", 0.25, True)
+    assert (given["seed"], given["steps"], given["epochs"]) == (7, 20, 3)
+    run.recipe = load_recipe("digits", ["supernet.sensitive=0", "supernet.cap=0.5"])
+    training.supernet_sampler(run, None, {"a": 1.0, "b": 2.0}, 20)
+    assert given["sensitive"] == {"b"}
+    run.recipe = load_recipe("digits", ["supernet.sensitive=0"])
+    training.supernet_sampler(run, None, {"a": 1.0, "b": 2.0}, 20)
+    assert given["sensitive"] == {"a", "b"}
+
+
+def test_a_recipe_reaches_the_optimizer_and_the_objective(monkeypatch):
+    given = {}
+    part = {"lr": 2e-3, "scale_lr": 3e-3, "weight_decay": 1e-3, "alrs": "printed", "eta": "paper", "clip": 0.5}
+    words = ["distillation={teacher: highest, temperature: 3, weight: 0.25}", "order=accumulate"]
+    recipe = load_recipe("digits", [f"train.{one}" for one in (*(f"{k}={v}" for k, v in part.items()), *words)])
+    monkeypatch.setattr(training, "MultiPrecisionOptimizer", lambda model, **options: given.update(options))
+    monkeypatch.setattr(training, "JointObjective", lambda model, optimizer, order, **rest: (order, rest))
+
+    order, rest = training.joint_objective(SimpleNamespace(world=World()), recipe.train, None, None)
+    assert given == part and order == "accumulate"
+    how = rest["distillation"]
+    assert (how.teacher, how.temperature, how.weight) == ("highest", 3.0, 0.25)
+
+
+def test_a_recipe_reaches_quantize_and_the_engine(monkeypatch):
+    given = {}
+    words = {"keep": "[a]", "method": "lsq", "per_channel": "true", "scale_form": "raw", "lsq_factor": "false"}
+    engine = {"precision": "bfloat16", "channels_last": "true", "compile": "true", "micro_batches": 2}
+    recipe = load_recipe(
+        "digits", ["bits=[4,2]", "supernet=null", *(f"train.{k}={v}" for k, v in (words | engine).items())]
+    )
+    monkeypatch.setattr(rooms, "quantize", lambda network, **options: given.update(options))
+
+    run = SimpleNamespace(recipe=recipe, world=World())
+    rooms.quantized(run, SimpleNamespace(sample=lambda images: images), None, images=9)
+    assert given == {
+        **{"example_inputs": 9, "bits": (4, 2), "keep": ("a",), "method": "lsq"},
+        **{"per_channel": True, "scale_form": "raw", "lsq_factor": False},
+    }
+    made = rooms.engine(run, recipe.train)
+    assert (made.precision, made.channels_last, made.compile, made.micro_batches) == ("bfloat16", True, True, 2)
