@@ -732,7 +732,11 @@ def test_a_state_of_other_meaning_is_not_loaded():
             "input of layer '2' is complex",
         ),
         (lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3)), torch.ones(4, 8), "lazy modules without shapes yet"),
-        (lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d(affine=False)), torch.ones(4, 3), "has lazy modules"),
+        (
+            lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d(affine=False)),
+            torch.ones(4, 3),
+            "has lazy modules",
+        ),
     ],
     ids=["empty", "complex", "lazy", "lazy buffers"],
 )

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitswitch import files
-from bitswitch.artifact import tensor_name
 from bitswitch.errors import UserError
 from bitswitch.nn import QuantizedLayer, evaluating, quantized_layers
 from bitswitch.search.programme import Problem, Table, check_table, no_cost
@@ -164,7 +163,7 @@ def _numbers_besides(model: nn.Module) -> int:
     """How many numbers the model holds besides the quantized weights, each once."""
     # By name: a float layer may share its weight with a quantized one, and keeps it.
     layers = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)]
-    weights = {tensor_name(name, key) for name in layers for key in ("weight", "codes")}
+    weights = {f"{name}.{key}".removeprefix(".") for name in layers for key in ("weight", "codes")}
     state = model.state_dict(keep_vars=True).items()
     rest = {id(tensor): tensor for name, tensor in state if name not in weights and isinstance(tensor, Tensor)}
     return sum(tensor.numel() for tensor in rest.values())
