@@ -57,7 +57,7 @@ def table(model, number):
         (lambda m, f: bs.hessian_trace(f, None, [], seed=-1), "seed=-1: give a whole number"),
         (lambda m, f: bs.hessian_trace(f, None, [], rank="a"), "rank='a': give a whole number"),
         (lambda m, f: bs.switch(m, np.array([8])), "has no width array([8])"),
-        (lambda m, f: bs.MultiPrecisionOptimizer(m, lr=float("inf")), "rates finite"),
+        (lambda m, f: bs.MultiPrecisionOptimizer(m, lr=float("inf")), "all but clip are finite"),
         (lambda m, f: bs.MultiPrecisionOptimizer(m, alrs="off", eta="paper"), "eta='paper' is a factor of ALRS"),
         (lambda m, f: bs.MultiPrecisionOptimizer(m, eta={8: "x", 6: 1, 4: 1, 2: 1}), "eta[8]='x': give a number"),
         (lambda m, f: Distillation(temperature=float("inf")), "a temperature is above 0 and finite"),

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bitswitch import files
 from bitswitch.errors import UserError
-from bitswitch.nn import QuantizedLayer, evaluating, quantized_layers
+from bitswitch.nn import QuantizedLayer, evaluating, quantized_layers, unwrapped
 from bitswitch.search.programme import Problem, Table, check_table, no_cost
 
 
@@ -161,6 +161,7 @@ def cost_tables(
 
 def _numbers_besides(model: nn.Module) -> int:
     """How many numbers the model holds besides the quantized weights, each once."""
+    model = unwrapped(model)
     # By name: a float layer may share its weight with a quantized one, and keeps it.
     layers = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantizedLayer)]
     weights = {f"{name}.{key}".removeprefix(".") for name in layers for key in ("weight", "codes")}
