@@ -82,6 +82,7 @@ WITHOUT = {
     "alrs-printed": ("train.alrs=printed", "train.eta=paper"),
     "eta-paper": ("train.eta=paper",),
     "raw": ("train.scale_form=raw", "train.scale_lr=5e-4"),
+    "raw-alrs-off": ("train.scale_form=raw", "train.scale_lr=5e-4", "train.alrs=off"),
     "raw-eta-paper": ("train.scale_form=raw", "train.scale_lr=5e-4", "train.eta=paper"),
     "accumulate": ("train.order=accumulate",),
     "kd-highest": ("train.distillation.teacher=highest",),
@@ -93,6 +94,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "drawn-2": ("train.forwards=2",),
     "scale-lr-2e-3": ("train.scale_lr=2e-3",),
     "paper": PAPER,
+    "paper-alrs-off": ("train.scale_form=raw", "train.alrs=off"),
     "kd-float": TAUGHT,
     "kd-float-drawn-2-scale-lr-2e-3": TAUGHT_DRAWN_2,
     "kd-float-drawn-2-scale-lr-2e-3-batch-64": (*TAUGHT_DRAWN_2, "train.batch_size=64"),
@@ -120,7 +122,8 @@ VARIANTS |= {
     for variant in ("paper", "lsq", ALL, f"{ALL}-hot", OURS, *(f"{OURS}-{name}" for name in ("hot", "centred")))
 }
 _SCREENED = (
-    *("ours", "paper", "drawn-2", f"drawn-2{TWICE}", "kd-float", "scale-lr-2e-3", _HALF + TWICE, OURS + TWICE),
+    *("ours", "paper", "paper-alrs-off", "drawn-2", f"drawn-2{TWICE}", "kd-float", "scale-lr-2e-3"),
+    *(_HALF + TWICE, OURS + TWICE),
     *(f"{_HALF}-batch-64{TWICE}", *(f"{OURS}-{name}{TWICE}" for name in BESIDE)),
     *(OURS, *(f"{OURS}-{name}" for name in WITHOUT)),
 )
