@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from bitswitch.config import load_recipe
+from bitswitch.errors import UserError
 from bitswitch.pipeline import run as rooms
-from bitswitch.pipeline import training
+from bitswitch.pipeline import subnets, training
 from bitswitch.training import World
 
 
@@ -25,6 +28,61 @@ def test_a_recipe_reaches_the_supernets_sampler(monkeypatch):
     run.recipe = load_recipe("digits", ["supernet.sensitive=0"])
     training.supernet_sampler(run, None, {"a": 1.0, "b": 2.0}, 20)
     assert given["sensitive"] == {"a", "b"}
+
+
+def test_a_recipe_reaches_what_trains_the_float_network(monkeypatch):
+    given, words = {}, {"lr": 0.2, "momentum": 0.8, "weight_decay": 1e-3, "batch_size": 32, "precision": "bfloat16"}
+
+    def batches(run, data, size):
+        assert size == 32
+        raise UserError("enough")
+
+    monkeypatch.setattr(training, "build_network", lambda recipe, data: SimpleNamespace(to=lambda device: None))
+    monkeypatch.setattr(training, "join_ranks", lambda run, model, part: None)
+    monkeypatch.setattr(training, "FloatObjective", lambda model, **options: given.update(options))
+    monkeypatch.setattr(training, "training_batches", batches)
+    recipe = load_recipe("digits", [f"pretrain.{key}={value}" for key, value in words.items()])
+    with pytest.raises(UserError, match="enough"):
+        training.pretrain(SimpleNamespace(recipe=recipe, device="cpu", world=World()), None)
+    assert (given["lr"], given["momentum"], given["weight_decay"]) == (0.2, 0.8, 1e-3)
+    assert given["engine"].precision == "bfloat16"
+
+
+def test_a_recipe_reaches_the_start_and_the_draws_of_joint_training(monkeypatch):
+    def start(run, data, network, images):
+        assert images == 77
+        return SimpleNamespace(to=lambda device: "model")
+
+    def objective(run, part, model, teacher, observed, sampler):
+        assert model == "model"
+        assert (sampler.widths, sampler.forwards, sampler.seed) == ((8, 6, 4, 2), 3, 7)
+        raise UserError("enough")
+
+    nowhere = SimpleNamespace(exists=lambda: False)
+    monkeypatch.setattr(training, "float_network", lambda run, data: None)
+    monkeypatch.setattr(training, "quantized", start)
+    monkeypatch.setattr(training, "join_ranks", lambda run, model, part: None)
+    monkeypatch.setattr(training, "joint_objective", objective)
+    recipe = load_recipe("digits", ["train.forwards=3", "train.calibration_images=77"], seed=7)
+    run = SimpleNamespace(recipe=recipe, device="cpu", directory=SimpleNamespace(checkpoint=lambda stage: nowhere))
+    with pytest.raises(UserError, match="enough"):
+        training.train(run, None)
+
+
+def test_budgets_share_the_evaluations_of_the_genetic_search(monkeypatch):
+    given = []
+
+    def refine(problem, budget, score, *, evaluations, seed):
+        given.append((budget["bits"], evaluations, seed))
+        return [(SimpleNamespace(assignment=str(budget), damage=budget["bits"], cost=budget), 50.0)]
+
+    monkeypatch.setattr(subnets.room, "frontier", lambda problem, budgets: [])
+    monkeypatch.setattr(subnets.room, "refine", refine)
+    recipe = load_recipe("digits", ["search.genetic_evaluations=8"], seed=7)
+    run, budgets = SimpleNamespace(recipe=recipe), [{"bits": bits} for bits in (3, 4, 5)]
+    choices = subnets._choices(run, None, None, None, budgets, recipe.search)
+    assert given == [(3, 3, 7), (4, 3, 7), (5, 2, 7)]
+    assert [choice.damage for choice in choices] == [3, 4, 5]
 
 
 def test_a_recipe_reaches_the_optimizer_and_the_objective(monkeypatch):
