@@ -1,6 +1,7 @@
 """ImageNet's way: images of different sizes, decoded by workers."""
 
 import contextlib
+import itertools
 import pickle
 import signal
 import threading
@@ -10,6 +11,7 @@ import torch
 
 from bitswitch.data import FileDataSet, Preprocessing, load_data
 from bitswitch.data.decode import UnreadableImage, read_image
+from bitswitch.data.loader import FileSet, _TrainingReader
 from bitswitch.errors import UserError
 
 SMALL = Preprocessing(shape=(3, 24, 24), mean=(0.5,) * 3, std=(0.25,) * 3, resize=28, crop=24)
@@ -117,6 +119,19 @@ def test_trainings_own_random_numbers_are_left_alone(folder, cpu):
         drawn = torch.rand(1)
         torch.manual_seed(5)
         assert torch.equal(drawn, torch.rand(1))
+
+
+def test_a_random_view_is_of_its_seed_epoch_and_image(folder):
+    """The order of the images changes with the seed and the epoch, too, so that batches do not show it."""
+    data = folder()
+    (path, *_), (label, *_), (digest, *_) = data.train.paths, data.train.labels, data.train.digests
+    twice = FileSet((path, path), (label, label), (digest, digest))
+    views = [
+        _TrainingReader(twice, data.preprocessing, seed=seed, epoch=epoch)._view(i)
+        for seed, epoch, i in itertools.product((0, 1), repeat=3)
+    ]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(views, 2))
+    assert torch.equal(views[0], _TrainingReader(twice, data.preprocessing, seed=0, epoch=0)._view(0))
 
 
 def test_val_is_chosen_by_the_bytes_of_the_files(folder, root):

@@ -88,6 +88,38 @@ def test_a_resumed_run_ends_with_the_same_numbers(tmp_path, network, quantized, 
         assert torch.equal(p, q), name
 
 
+def test_what_a_network_draws_is_of_its_seed_epoch_and_rank(tmp_path, network, images, monkeypatch):
+    class Seeded(Exception):
+        pass
+
+    def seeded(number):
+        raise Seeded(number)
+
+    monkeypatch.setattr("bitswitch.training.loop.seed_all", seeded)
+    training, found = loop(network, tmp_path / "c.pt", Stream(images), 2, joint=False), []
+    for training.seed, training.epochs_done, rank in itertools.product((0, 1), repeat=3):
+        training.world = World(rank=rank, size=2)
+        with pytest.raises(Seeded) as told:
+            training.run()
+        found.append(told.value.args[0])
+    assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_every_epoch_trains_in_training_mode(tmp_path, network, quantized, images, joint):
+    model = (quantized if joint else network).eval()
+
+    class Watched(Stream):
+        def epoch(self, epoch):
+            for batch in super().epoch(epoch):
+                assert all(module.training for module in model.modules())
+                yield batch
+
+    training = loop(model, tmp_path / "c.pt", Watched(images), 2, joint)
+    training.on_epoch = lambda *_: model.eval()
+    training.run()
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, quantized, images):
     with pytest.raises(UserError, match=r"loss at 8 bits is nan at step 1 of epoch 1.*last good checkpoint"):
         loop(quantized, tmp_path / "a", Stream(images, poison=(1, 1)), 4).run()

@@ -95,6 +95,7 @@ def test_scales_have_no_weight_decay(quantized):
 
 def test_state_goes_on_where_it_was(quantized, images):
     optimizer = bs.MultiPrecisionOptimizer(quantized)
+    optimizer.factor = 0.5
     backward(quantized, images, 8)
     optimizer.step(8)
     twin = copy.deepcopy(quantized)

@@ -251,6 +251,25 @@ def test_the_highest_width_teaches_a_supernet():
         assert torch.equal(taught, highest)
 
 
+def test_the_highest_width_teaches_steps_that_do_not_draw_it():
+    model, _, x, y = supernet()
+    drawn, seen = WidthSampler(widths=(8, 4, 2), forwards=2, seed=0), []
+
+    class Spy(Distillation):
+        def loss(self, logits, labels, taught):
+            seen.append(taught)
+            return super().loss(logits, labels, taught)
+
+    objective = JointObjective(
+        model, MultiPrecisionOptimizer(model), sampler=drawn, distillation=Spy(teacher="highest", weight=0.5)
+    )
+    number = next(n for n in range(50) if drawn.draw(n)[0][0] == 4)
+    with switched(model.train(), 8), torch.no_grad():
+        highest = model(x)
+    objective.step(x, y, 1.0, number)
+    assert len(seen) == 2 and all(torch.equal(taught, highest) for taught in seen)
+
+
 @pytest.mark.parametrize("forwards", [1, 2, 3, 4])
 def test_the_lowest_width_is_always_drawn_and_the_others_evenly(forwards):
     widths = (8, 6, 4, 2)
