@@ -232,6 +232,8 @@ def test_a_key_twice_in_the_header(path):
         (None, lambda t: t.pop("conv3.input_scale"), "lacks tensor 'conv3.input_scale'"),
         (None, lambda t: t.update({"conv3.input_scale": np.ones(3, np.float32)}), "not float32 (4,)"),
         (None, lambda t: t.update({"conv3.input_scale": np.ones(4, np.int32)}), "not float32 (4,)"),
+        (None, lambda t: t.pop("conv3.input_offset"), "lacks tensor 'conv3.input_offset'"),
+        (None, lambda t: t["conv3.input_offset"].__setitem__(0, np.nan), "'conv3.input_offset' is not finite"),
         (lambda h: h["checksums"].pop("fc.bias"), None, "a tensor of its own, 'fc.bias'"),
         (lambda h: h["checksums"].update(other="0"), None, "lacks tensor 'other'"),
         (lambda h: h["checksums"].update({"fc.bias": "0"}), None, "'fc.bias' is altered"),

@@ -5,6 +5,7 @@ import itertools
 import pickle
 import signal
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,6 +141,8 @@ def test_val_is_chosen_by_the_bytes_of_the_files(folder, root):
     after = folder()
     assert set(before.val.digests) == set(after.val.digests) and not set(after.val.digests) & set(after.train.digests)
     assert before.fingerprint() == after.fingerprint()
+    other = replace(after.test, labels=after.test.labels[::-1])
+    assert replace(after, test=other).fingerprint() != after.fingerprint()
     (root / "train" / "ant" / "zzz.JPEG").write_bytes((root / "val" / "cow" / "000.JPEG").read_bytes())
     assert folder().fingerprint() != before.fingerprint()
 
