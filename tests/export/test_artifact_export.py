@@ -127,6 +127,35 @@ def test_what_a_file_says_beside_its_tensors_is_kept(tmp_path, quantized, networ
     assert header.network and header.preprocessing and not header.provenance and not header.frontier
 
 
+def test_codes_that_were_replaced_twice_are_still_others_than_the_files(tmp_path, quantized, network):
+    bs.save(quantized, tmp_path / "a")
+    with torch.no_grad():
+        for layer in quantized_layers(quantized).values():
+            layer.weight.neg_()
+    bs.save(quantized, tmp_path / "b")
+    loaded, other = (bs.load(tmp_path / name, model=network, bits=2) for name in "ab")
+    for _ in range(2):
+        loaded.load_state_dict(other.state_dict())
+    with pytest.raises(UserError, match="other codes than those of"):
+        bs.upgrade(loaded)
+
+
+def test_a_header_that_no_reader_would_take_is_not_written(tmp_path, quantized):
+    bs.save(quantized, tmp_path / "a")
+    before = (tmp_path / "a").read_bytes()
+    with pytest.raises(UserError, match="would exceed 16,777,216 bytes"):
+        bs.save(quantized, tmp_path / "a", provenance={"note": "a" * 2**24})
+    assert (tmp_path / "a").read_bytes() == before
+
+
+def test_a_function_that_gives_the_network_keeps_its_own(tmp_path, quantized, network):
+    bs.save(quantized, tmp_path / "a")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    loaded = bs.load(tmp_path / "a", model=lambda: network)
+    assert loaded is not network and network.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
 def test_what_search_returns_is_a_frontier(tmp_path, quantized, network):
     choices = bs.search(quantized, dict.fromkeys(bs.widths(quantized), 1.0), budgets=[3, 6])
     rows = [{"assignment": dict(c.assignment), "cost": dict(c.cost), "damage": c.damage} for c in choices]
@@ -313,6 +342,11 @@ def test_a_budget_of_bytes(tmp_path, quantized, network, images, copies, expecte
         held = [weight for layer in quantized_layers(loaded).values() for weight in layer.kept._weights.values()]
         assert sum(weight.nbytes for weight in held) <= max(copies, 0) * size
     assert set(map(tuple, kept(loaded).values())) == {tuple(expected)}
+    other = copy.deepcopy(loaded)
+    for width in (8, 4, 8, 2):
+        with torch.no_grad(), bs.switched(other, width):
+            other(images)
+    assert kept(other) == kept(loaded)
 
 
 def test_a_budget_of_bytes_is_any_number(tmp_path, quantized, network):

@@ -10,7 +10,7 @@ from bitswitch.errors import UserError
 from bitswitch.runtime import executable, protobuf
 from bitswitch.runtime.bindings import Bindings, Constant, Product, Quantizer
 from bitswitch.runtime.constants import may_saturate, values
-from bitswitch.runtime.whole_bias import whole_bias
+from bitswitch.runtime.whole_bias import GREATEST_BIAS, whole_bias, with_room
 
 WIDTHS = (8, 6, 4, 2)
 
@@ -163,6 +163,14 @@ def test_a_closed_channel_keeps_its_bias():
             assert (np.abs(byte * found["p.step"] + found["p.offset"] - c) <= found["p.step"] / 2).all()
         else:
             assert np.allclose(found["p.offset" if kind == "int32" else "p.bias"].ravel(), c, rtol=1e-5)
+
+
+def test_codes_that_leave_room_for_their_bias_stand_for_the_same_weights():
+    codes = np.array([[100, -50], [100, -50], [100, -50]], np.int8)
+    scale, least = np.array([0.01, -0.01, -0.05]), 0.02
+    found, coarser = with_room(codes, scale, np.full(3, least * GREATEST_BIAS))
+    assert np.allclose(np.abs(coarser), [least, least, 0.05]) and np.array_equal(found[2], codes[2])
+    assert np.allclose(found * coarser[:, None], codes * scale[:, None], atol=least / 2)
 
 
 def test_every_sum_of_two_bits_has_a_byte_of_its_own():
