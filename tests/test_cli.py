@@ -21,6 +21,7 @@ from bitswitch.data import load_data
 from bitswitch.models import build
 from bitswitch.pipeline.execute import _config
 from bitswitch.rundir import RunDirectory
+from bitswitch.version import __version__
 from commands import call, one_line, run_digits
 
 SHORT = ["pretrain.epochs=2", "train.epochs=1", "supernet=null"]
@@ -113,6 +114,17 @@ def test_a_changed_override_is_not_ignored_half_way(capsys, copied):
     records["train"] |= {"done": False}
     (copied / "stages.json").write_text(json.dumps(records))
     one_line(call(capsys, "run", "digits", *SHORT, "train.epochs=3", "--out", copied), "train.epochs was 1, is 3")
+
+
+def test_a_later_stage_that_may_have_to_be_done_again_is_named_before_the_first(capsys, copied):
+    records = json.loads((copied / "stages.json").read_text())
+    del records["pretrain"]
+    (copied / "stages.json").write_text(json.dumps(records))
+    status, _, err = call(capsys, "run", "digits", *SHORT, "--out", copied)
+    first, *_, last = err.splitlines()
+    assert "train was made from another pretrain stage" in first and "bitswitch train digits" in first
+    # This time both end alike.
+    assert status == 0 and "train: done before, skipped" in last
 
 
 def test_fresh_does_a_stage_again(capsys, copied):
@@ -212,6 +224,14 @@ def test_what_torchrun_sets_says_nothing_without_torchrun(capsys, monkeypatch, c
             ["run", "digits", "train.eta=abc"],
             ["'abc': input should be 'paper' or a valid number or a valid dictionary"],
         ),
+        (
+            ["run", "digits", "train.eta={8: 1, 2: 0.5}"],
+            ["train.eta={8: 1.0, 2: 0.5}: give one factor for each of bits"],
+        ),
+        (["run", "digits", "supernet.eta={3: 1}"], ["supernet.eta={3: 1.0}: give one factor for each of bits=[8, 6,"]),
+        (["run", "digits", "data.name="], ["data.name=None: input should be a valid string: quote it"]),
+        (["run", "digits", "train.keep=conv1"], ["train.keep='conv1': input should be a list, such as [a, b]"]),
+        (["run", "digits", "search.tied=[a, b]"], ["search.tied='a': input should be a list, such as [a, b]"]),
         (["run", "digits", "train.epochs=on"], ["train.epochs=True: true and false are no numbers"]),
         (["run", "digits", "seed=true"], ["seed=True: true and false are no numbers"]),
         (["run", "digits", "search.budgets=[{bits: yes}]"], ["true and false are no numbers"]),
@@ -552,6 +572,12 @@ def test_a_starting_checkpoint_counts_by_its_content(capsys, done, tmp_path):
     torch.save(state, second)
     one_line(call(capsys, *words, f"pretrain.checkpoint={second}"), "checkpoint was another file", "--fresh")
     one_line(call(capsys, *words, "pretrain.checkpoint=nowhere.pt"), "nowhere.pt", "no such file")
+    # Left out by a later stage, whose artifact would name none.
+    train = ["train", "digits", "pretrain.epochs=0", *SHORT[1:], "--out", tmp_path / "x"]
+    one_line(call(capsys, *train), "pretrain.checkpoint was a file, is none", "--fresh")
+    assert call(capsys, *train, f"pretrain.checkpoint={first}")[0] == 0
+    export = ["export", "digits", "pretrain.epochs=0", *SHORT[1:], "--out", tmp_path / "x"]
+    one_line(call(capsys, *export), "pretrain.checkpoint was a file, is none")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints/pretrain.pt", "model.safetensors"])
@@ -658,6 +684,12 @@ def test_a_path_with_brackets_is_shown_as_it_is(capsys, done, tmp_path):
         shutil.copy(done / "model.safetensors", path)
         status, out, err = call(capsys, "inspect", path)
         assert status == 0 and str(path) in "".join(out.split("\n")), err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_the_shell_closed_go_nowhere(closed):
+    done = subprocess.run(f"{sys.executable} -m bitswitch version {closed}", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "" if closed[0] == ">" else f"{__version__}\n", "")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -1,5 +1,6 @@
 """The commands of mixed precision, on digits."""
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -18,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.artifact import read_header
-from bitswitch.cli.console import stdout_kept_clean
+from bitswitch.cli.console import TerminalReporter, stdout_kept_clean
 from bitswitch.data import load_data
 from bitswitch.errors import UserError
 from bitswitch.evaluation import assignments_named
@@ -529,6 +530,37 @@ def test_a_search_scores_fewer_at_once_where_memory_is_short(capsys, copied, mon
     status, _, err = call(capsys, "search", "digits", *SHORT, "--out", copied, "--fresh")
     assert status == 0, err
     assert (copied / "frontier.json").read_bytes() == before and set(tried) == {144, 128, 64}
+
+
+def test_a_search_scores_as_many_images_as_it_is_told_and_shows_how_far_it_is(capsys, copied, monkeypatch):
+    seen, steps, real = [], [], TerminalReporter.progress
+
+    def counted(model, batches, *args, **kwargs):
+        found = evaluate(model, batches, *args, **kwargs)
+        seen.append(found[0].images)
+        return found
+
+    @contextlib.contextmanager
+    def progress(self, stage, count, done):
+        with real(self, stage, count, done) as advance:
+            yield lambda text: (steps.append((stage, count)), advance(text))[1]
+
+    monkeypatch.setattr("bitswitch.pipeline.subnets.evaluate", counted)
+    monkeypatch.setattr(TerminalReporter, "progress", progress)
+    words = ["search.val_images=100", "search.damage=accuracy", "search.points=2"]
+    assert call(capsys, "search", "digits", *SHORT, *words, "--out", copied, "--fresh")[0] == 0
+    layers = len(choices(copied)[0]["assignment"])
+    assert set(seen) == {100} and set(steps) == {("search", 3 * layers + 1 + 2)}
+    assert len(steps) == 3 * layers + 1 + len(choices(copied))
+
+
+def test_a_supernet_whose_artifact_is_gone_is_not_done(capsys, copied):
+    before = (copied / "supernet.safetensors").read_bytes()
+    (copied / "supernet.safetensors").unlink()
+    status, _, err = call(capsys, "supernet", "digits", *SHORT, "--out", copied)
+    assert status == 0 and "supernet: taken up after epoch 2" in err and (copied / "supernet.safetensors").is_file()
+    status, _, err = call(capsys, "search", "digits", *SHORT, "--out", copied, "--fresh")
+    assert status == 0 and (copied / "supernet.safetensors").read_bytes() == before
 
 
 def test_what_a_library_prints_is_not_on_stdout(capfd):

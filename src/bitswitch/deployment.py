@@ -10,6 +10,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from bitswitch import artifact, files
+from bitswitch.data import Shown
 from bitswitch.errors import UserError, nearest, require
 from bitswitch.evaluation import assignments_named
 from bitswitch.export import add_graph, load
@@ -33,6 +34,7 @@ def export(
     images: Tensor | None = None,
     data_name: str | None = None,
     network: str | None = None,
+    shown: Shown = lambda what, parts, count: parts,
 ) -> dict[str, Any]:
     """Write one ONNX file for each precision asked for; the artifact gets its graph first, where it has none that can be used.
 
@@ -48,6 +50,7 @@ def export(
             `data_name`, or, for a graph that is made, of the data that the file names.
         data_name: a data name or an image folder.
         network: its name where the file does not tell, or names the user's own code.
+        shown: see `bitswitch.data.load_data`.
 
     Returns:
         {"files": [{"file", "bits", "assignment", "bytes", "weights": as asked for, or "int8" where no layer is so narrow}],
@@ -75,7 +78,7 @@ def export(
             raise UserError(f"{path} has no width {width}: it has {', '.join(map(str, header.widths))}")
     if weights not in get_args(Weights):
         raise UserError(f"--weights {weights}{nearest(weights, get_args(Weights))}: use int8, int4 or int2")
-    source, images, added = _with_graph(path, images, additions, data_name, network)
+    source, images, added = _with_graph(path, images, additions, data_name, network, shown)
     for one in wanted:
         # What the file is cut off before is told before anything is written.
         source.assignment(one)
@@ -108,7 +111,12 @@ def _average(mixture: Mapping[str, int]) -> str:
 
 
 def _with_graph(
-    path: Path, images: Tensor | None, additions: Additions, data_name: str | None, network: str | None
+    path: Path,
+    images: Tensor | None,
+    additions: Additions,
+    data_name: str | None,
+    network: str | None,
+    shown: Shown,
 ) -> tuple[Source, Tensor | None, bool]:
     """What a session reads of an artifact, which gets its graph first where it has none; the images it took; whether it did."""
     try:
@@ -116,7 +124,7 @@ def _with_graph(
     except UserError:
         # No graph, or none that can be used: the file itself is sound.
         if images is None:
-            images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
+            images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network, shown=shown)
         directory = RunDirectory(path.parent)
         # Of a run, whose records are not to be written by two at once.
         with directory.locked() if directory.records() else nullcontext():
@@ -129,7 +137,7 @@ def _with_graph(
             f"{path} holds a graph already, with requantized additions: --exact is for a file without a graph"
         )
     if images is None and data_name is not None and _is_known(path, network):
-        images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network)
+        images = example_images(path, CALIBRATION_IMAGES, data_name=data_name, network=network, shown=shown)
     return source, images, False
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from bitswitch import artifact, files
 from bitswitch.artifact import check_choice, within_budget
 from bitswitch.assignment import Assignment
-from bitswitch.data import DataSet
+from bitswitch.data import DataSet, Shown
 from bitswitch.data.cache import Cache, default_folder
-from bitswitch.data.dataset import Batch
 from bitswitch.errors import UserError
 from bitswitch.machine import machine, source_digest
 from bitswitch.models import is_trusted
@@ -26,7 +25,6 @@ from bitswitch.training import Score, World, evaluate, recalibrate
 from bitswitch.training.distributed import from_first
 from bitswitch.training.evaluate import PrecisionChoice, with_less_at_once
 
-Shown = Callable[[Iterator[Batch], int], Iterable[Batch]]
 _BATCH = 256
 # So many SubNets are scored in one pass over the data; their predictions are kept before the next pass.
 _AT_ONCE = 32
@@ -56,7 +54,7 @@ def evaluate_file(
     world: World | None = None,
     recalibration_images: int = 0,
     confusion: bool = False,
-    shown: Shown = lambda batches, count: batches,
+    shown: Shown = lambda what, parts, count: parts,
 ) -> dict[str, Any]:
     """Score a file at every width asked for, each batch visited once.
 
@@ -73,7 +71,7 @@ def evaluate_file(
         world: the ranks that share the images.
         recalibration_images: estimate batch normalization statistics anew from so many training images, at each width.
         confusion: add a matrix [class, predicted class] of counts to every result.
-        shown: passes on the batches of a pass over the data, of which there are so many, and shows how far it is.
+        shown: passes on the images that are read and the batches of a pass over the data, and shows how far it is.
 
     Returns:
         {"results": [{"bits", "assignment", "top1", "top5", "top1_interval", "loss", "images", "split", "data"}],
@@ -89,7 +87,7 @@ def evaluate_file(
     name = data_name or subject.data
     if not name:
         raise UserError(f"{path} does not say what data it is for: give them with --data")
-    data = data_for(path, name, subject)
+    data = data_for(path, name, subject, shown)
     if not data.size(split):
         raise UserError(
             f"{name} has no {split} images (of val a share of train, data.val_fraction): use another --split"
@@ -195,7 +193,7 @@ def _score(
     predictions: list[Tensor] = []
     scores = evaluate(
         model,
-        plan.shown(batches, -(-data.size(plan.split) // (images * world.size))),
+        plan.shown("evaluate", batches, -(-data.size(plan.split) // (images * world.size))),
         precisions,
         world=world,
         classes=len(data.classes),

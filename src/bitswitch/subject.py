@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitswitch import artifact, files
-from bitswitch.data import DataSet, Preprocessing, load_data, place_of
+from bitswitch.data import DataSet, Preprocessing, Shown, load_data, place_of
 from bitswitch.errors import UserError
 from bitswitch.export import load
 from bitswitch.models import build, is_trusted, load_weights
@@ -118,7 +118,9 @@ def _of_training(path: Path, state: Mapping[str, Any], network: str | None) -> S
     return Subject(model=model, widths=plan.widths if plan else (), classes=classes, **known)
 
 
-def example_images(path: Path, count: int, *, data_name: str | None = None, network: str | None = None) -> Tensor:
+def example_images(
+    path: Path, count: int, *, data_name: str | None = None, network: str | None = None, shown: Shown
+) -> Tensor:
     """The first training images for an artifact's network, float32 [count, C, H, W].
 
     Args:
@@ -126,6 +128,7 @@ def example_images(path: Path, count: int, *, data_name: str | None = None, netw
         count: how many.
         data_name: a data name or an image folder; the data it was trained on where None.
         network: its name where the file does not tell, or names the user's own code.
+        shown: see `load_data`.
 
     Raises:
         UserError: the file, the network or the data cannot be used.
@@ -134,15 +137,15 @@ def example_images(path: Path, count: int, *, data_name: str | None = None, netw
     name = data_name or subject.data
     if not name:
         raise UserError(f"{path} does not say what data it is for: give them with --data")
-    return data_for(path, name, subject).sample(count)
+    return data_for(path, name, subject, shown).sample(count)
 
 
-def data_for(path: str | Path, name: str, subject: Subject) -> DataSet:
+def data_for(path: str | Path, name: str, subject: Subject, shown: Shown = lambda what, parts, count: parts) -> DataSet:
     """The data as the network wants them: the same split as in its training, its own normalization and size."""
     config = subject.data_config or {}
     said = {key: config[key] for key in ("val_fraction", "unreadable") if key in config}
     try:
-        data = load_data(*place_of(name, config.get("name")), **said)
+        data = load_data(*place_of(name, config.get("name")), **said, shown=shown)
     except TypeError as error:
         raise UserError(f"{path} tells of its data what they cannot have ({error}): {said}") from error
     if subject.preprocessing is not None:

@@ -255,6 +255,21 @@ def test_a_forged_file_is_refused(path, header, tensors, message):
     assert message in refusal(path)
 
 
+@pytest.mark.parametrize("deep", [60, 70])
+def test_provenance_that_is_too_deep_to_be_written_again_is_refused(path, deep, quantized, network, tmp_path):
+    provenance = {}
+    for _ in range(deep):
+        provenance = {"a": provenance}
+    rewrite(path, lambda header: header.update(provenance=provenance))
+    if deep < 64:
+        bs.save(bs.load(path, model=network), tmp_path / "again")
+        assert artifact.read_header(tmp_path / "again").provenance == provenance
+    else:
+        assert "nested too deeply" in refusal(path)
+        with pytest.raises(UserError, match="nested too deeply"):
+            bs.save(quantized, tmp_path / "again", provenance=provenance)
+
+
 def test_half_a_surrogate_pair_which_could_not_be_written_again_is_refused(path):
     table, tensors = table_of(path.read_bytes())
     header = json.loads(table["__metadata__"][KEY]) | {"classes": ["\ud800"], "digest": "0" * 64}

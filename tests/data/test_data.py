@@ -4,9 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bitswitch.data import ImageSet, MemoryDataSet, Preprocessing, load_data
-from bitswitch.data.images import take_val
+from bitswitch.data.images import choose_val, take_val
 from bitswitch.errors import UserError
 
 
@@ -47,6 +49,17 @@ def test_val_depends_on_content_alone():
     _, shuffled = take_val(whole[order], 0.2)
     assert set(val.labels.tolist()) == set(shuffled.labels.tolist()) and len(val) == 10
     assert len(take_val(whole, 0.0)[1]) == 0
+
+
+@given(st.lists(st.integers(0, 6), max_size=30), st.floats(0, 0.99))
+def test_images_of_equal_content_are_in_one_split(contents, fraction):
+    hashes = [bytes([one]) for one in contents]
+    rest, val = ({hashes[i] for i in part.tolist()} for part in choose_val(hashes, fraction))
+    assert not rest & val and rest | val == set(hashes)
+    _, val = choose_val(hashes, fraction)
+    assert len(val) <= round(fraction * len(hashes)) and (fraction or not len(val))
+    if len(set(hashes)) == len(hashes):
+        assert len(val) == round(fraction * len(hashes))
 
 
 def test_an_epoch_is_always_the_same_stream(digits, cpu):

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import struct
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from bitswitch.data import FileDataSet, MemoryDataSet, contents, load_data
+from bitswitch.data.decode import UnreadableImage, check_image, read_image
 from bitswitch.errors import UserError
 
 
@@ -150,6 +152,66 @@ def test_of_sixteen_bits_the_upper_eight_are_taken(make_folder, suffix):
     assert wanted in {x for x, _ in content(load_data(str(root)), "test")}
 
 
+def tiff(path, data, size, bits, **tags):
+    """A file of one strip, by hand: Pillow writes neither 12 bits nor grey that was multiplied by its opacity."""
+    entries = {256: size[0], 257: size[1], 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: size[1], 279: len(data)}
+    entries |= {int(tag.removeprefix("t")): value for tag, value in tags.items()}
+    body = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(entries))
+    for tag, value in sorted(entries.items()):
+        if isinstance(value, int):
+            body += struct.pack("<HHIHH", tag, 3, 1, value, 0)
+        else:
+            body += struct.pack("<HHIHH", tag, 3, 2, *value)
+    path.write_bytes(body + bytes(4))
+
+
+@pytest.mark.parametrize(("bits", "data"), [(12, "000400800fff"), (16, "00000040" + "0080ffff")])
+def test_a_tiff_says_how_many_bits_its_pixels_have(tmp_path, bits, data):
+    """Pillow opens those of 12 bits as of 16."""
+    tiff(tmp_path / "a.tif", bytes.fromhex(data), (4, 1), bits)
+    assert Image.open(tmp_path / "a.tif").mode == "I;16"
+    assert read_image(str(tmp_path / "a.tif"))[0].tolist() == [[0, 64, 128, 255]]
+
+
+def test_grey_that_was_multiplied_by_its_opacity_is_read(tmp_path):
+    tiff(tmp_path / "a.tif", bytes([50, 128] * 16), (4, 4), (8, 8), t277=2, t338=1)
+    assert Image.open(tmp_path / "a.tif").mode == "La"
+    check_image(str(tmp_path / "a.tif"))
+    (value,) = read_image(str(tmp_path / "a.tif")).unique().tolist()
+    assert value == pytest.approx(50 * 255 / 128, abs=1)
+
+
+def test_what_cannot_become_rgb_fails_the_check(tmp_path, monkeypatch, save_image):
+    save_image(tmp_path / "a.png", 1)
+    monkeypatch.setattr(Image.Image, "convert", lambda self, mode: (_ for _ in ()).throw(ValueError("not supported")))
+    with pytest.raises(UnreadableImage, match=r"a\.png cannot be read: not supported"):
+        check_image(str(tmp_path / "a.png"))
+
+
+def test_a_named_pipe_is_not_waited_for(make_folder):
+    root = make_folder()
+    os.mkfifo(root / "train" / "ant" / "pipe.png")
+    with pytest.raises(UserError, match=r"pipe\.png cannot be read: no regular file"):
+        load_data(str(root))
+    with pytest.warns(UserWarning, match="1 of 43 images are left out"):
+        assert load_data(str(root), unreadable="skip").size("train") == 27
+
+
+@pytest.mark.parametrize("kind", ["image_folder", "imagenet"])
+def test_what_is_read_is_shown(make_folder, kind):
+    root, seen = make_folder(), []
+
+    def shown(what, parts, count):
+        parts = list(parts)
+        seen.append((what, len(parts), count))
+        return parts
+
+    for _ in range(2):
+        load_data(kind, root, shown=shown)
+    kept = {"image_folder": "reading images", "imagenet": "checking images"}[kind]
+    assert seen == [("hashing images", 42, 42), (kept, 42, 42), ("hashing images", 42, 42)]
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])
 def test_pixels_without_a_known_range_are_refused(make_folder, dtype):
     root = make_folder()
@@ -277,7 +339,7 @@ def test_a_damaged_cache_is_made_again(make_folder, monkeypatch, own_cache, how)
         second = load_data(str(root))
     assert len(seen) == 84 and content(first) == content(second)
     if how == "folder":
-        assert any("not kept for the next time" in str(warning.message) for warning in told)
+        assert any("not kept for the next time in" in str(warning.message) for warning in told)
     else:
         load_data(str(root))
         assert len(seen) == 84
@@ -297,8 +359,8 @@ def test_changed_content_is_decoded_again(make_folder, save_image, monkeypatch):
 
 def test_hashes_of_a_large_folder_are_remembered_by_size_and_times(make_folder, save_image, monkeypatch):
     monkeypatch.setattr(contents, "_MOST_BYTES_HASHED_EVERY_TIME", 0)
-    hashed, real = [], contents.file_digests
-    monkeypatch.setattr(contents, "file_digests", lambda paths, workers: hashed.append(paths) or real(paths, workers))
+    hashed, real = [], contents.Contents._hashed
+    monkeypatch.setattr(contents.Contents, "_hashed", lambda self, paths: hashed.append(paths) or real(self, paths))
     root = make_folder(suffix=".bmp")
     first = load_data(str(root))
     load_data(str(root))
@@ -313,16 +375,16 @@ def test_hashes_of_a_large_folder_are_remembered_by_size_and_times(make_folder, 
 
 def test_a_file_that_could_not_be_hashed_once_is_hashed_again(make_folder, monkeypatch):
     monkeypatch.setattr(contents, "_MOST_BYTES_HASHED_EVERY_TIME", 0)
-    root, real, hashed = make_folder(), contents.file_digests, []
+    root, real, hashed = make_folder(), contents.Contents._hashed, []
 
-    def digests(paths, workers):
-        found = real(paths, workers)
+    def digests(self, paths):
+        found = real(self, paths)
         if not hashed:
             found[-1] = 0
         hashed.append(paths)
         return found
 
-    monkeypatch.setattr(contents, "file_digests", digests)
+    monkeypatch.setattr(contents.Contents, "_hashed", digests)
     for _ in range(3):
         load_data(str(root))
     assert hashed[1:] == [hashed[0][-1:]]

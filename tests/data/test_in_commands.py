@@ -34,6 +34,17 @@ def test_a_run_on_an_image_folder(call, make_folder, tmp_path):
     status, _, told = call(*words, *elsewhere, "data.unreadable=skip")
     assert status == 2 and "data.unreadable was" in told
 
+    for split in ("train", "test"):
+        (moved / split / "ant").rename(moved / split / "aunt")
+    commands.one_line(call(*words, *elsewhere), "the classes have other names")
+    # A run of an earlier version did not note them.
+    records = json.loads((out / "stages.json").read_text())
+    names = [record["inputs"].pop("classes") for record in records.values()]
+    (out / "stages.json").write_text(json.dumps(records))
+    assert len(set(names)) == 1 and call(*words, *elsewhere)[0] == 0
+    for split in ("train", "test"):
+        (moved / split / "aunt").rename(moved / split / "ant")
+
     artifact = out / "model.safetensors"
     status, printed, _ = call("evaluate", artifact, "--data", moved, "--json", "--device", "cpu")
     assert status == 0

@@ -755,7 +755,8 @@ def test_a_graph_is_not_added_to_what_is_not_the_users(tmp_path, monkeypatch, im
 def test_a_network_whose_layer_runs_another_forward_is_another(tmp_path, quantized, network, images):
     bs.save(quantized, tmp_path / "a")
     network.conv2.forward = lambda x: x
-    with pytest.raises(UserError, match="another network than the one quantized: of 'conv2', its forward was replaced"):
+    told = "a does not fit this Small: this is another network than the one quantized: of 'conv2', its forward was replaced"
+    with pytest.raises(UserError, match=told):
         bs.load(tmp_path / "a", model=network)
 
 

@@ -3,12 +3,16 @@
 from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import bitswitch as bs
 from bitswitch.errors import UserError
+from bitswitch.export.graph import _outward
 from bitswitch.export.onnx import export_file
 from bitswitch.runtime import Session
 from bitswitch.runtime.constants import _shifts_within_32_bits
@@ -312,3 +316,79 @@ def test_the_last_argument_may_be_a_dictionary(tmp_path):
     found = Session(tmp_path / "a").run(IMAGES.numpy(), IMAGES.flip(0).numpy(), (IMAGES / 2).numpy())
     for one, expected in zip(found, model(*inputs).values(), strict=True):
         np.testing.assert_allclose(one, expected.detach().numpy(), atol=1e-2)
+
+
+class Shifted(nn.Module):
+    """An addition whose one side lies far from zero, and has two channels that batch normalization has closed."""
+
+    def __init__(self, offset, groups):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.c, self.norm = nn.Conv2d(12, 12, 3, padding=1, groups=groups), nn.BatchNorm2d(12)
+        self.after, self.fc = nn.BatchNorm2d(12), nn.Linear(12, 5)
+        with torch.no_grad():
+            self.norm.bias.copy_(torch.randn(12) + offset)
+            self.norm.weight[:2] = torch.tensor([0.0, 1e-6])
+            self.after.running_mean.fill_(offset)
+            self.after.running_var.fill_(0.5)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.fc(self.after(self.norm(self.c(self.b(x).relu())) + x).relu().amax((2, 3)))
+
+
+@pytest.mark.parametrize("groups", [1, 12])
+@pytest.mark.parametrize("offset", [0, 200, -3000])
+def test_a_branch_far_from_zero_keeps_its_range(tmp_path, offset, groups):
+    torch.manual_seed(0)
+    x = torch.randn(16, 3, 12, 12)
+    model = bs.quantize(Shifted(offset, groups).eval(), example_inputs=x).eval()
+    bs.save(model, tmp_path / "m", example_inputs=x)
+    session = Session(tmp_path / "m")
+    for width in (8, 4):
+        session.switch(width)
+        with torch.no_grad(), bs.switched(model, width):
+            expected = model(x).numpy()
+        noise, signal = np.square(session.run(x.numpy()) - expected).sum(), np.square(expected - expected.mean(0)).sum()
+        # Rounding to a byte of each channel's range leaves 40 dB.
+        assert noise < 1e-3 * signal, (width, noise / signal)
+
+
+@given(st.floats(-1e6, 1e6, width=32), st.floats(2**-10, 1e6, width=32))
+def test_a_range_that_is_written_holds_the_one_that_was_seen(least, width):
+    greatest = float(np.float32(least) + np.float32(width))
+    low, high = _outward(least, greatest)
+    assert low <= least and greatest <= high
+    assert high - low <= 1.021 * (greatest - least)
+    assert len(repr(low)) < 20 and _outward(least, least) == (least, least)
+
+
+def test_results_that_are_not_finite_have_no_range(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 9, 9)
+    model = bs.quantize(Shifted(0, 1).eval(), example_inputs=x).eval()
+    with torch.no_grad():
+        for variant in model.norm.variants.values():
+            variant.weight.fill_(3e38)
+    with pytest.raises(UserError, match="layer 'c' gives values that are not finite on example_inputs at 8 bits"):
+        bs.save(model, tmp_path / "m", example_inputs=1e3 * x)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("weights", ["int4", "int2"])
+@pytest.mark.parametrize("shape", [(32, 10), (8, 5, 10)])
+def test_packed_weights_of_linear_layers(tmp_path, weights, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    network = nn.Sequential(
+        nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 12), nn.Linear(12, 4)
+    )
+    model = bs.quantize(network, example_inputs=x).eval()
+    bs.save(model, tmp_path / "m", example_inputs=x)
+    first, second = bs.widths(model)
+    for wanted in (2, {first: 2, second: 8}):
+        export_file(tmp_path / "m", tmp_path / "m.onnx", wanted=wanted, weights=weights, model=model, example_inputs=x)
+        session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+        with torch.no_grad(), bs.switched(model, wanted):
+            expected = model(x).numpy()
+        assert np.allclose(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], expected, atol=1e-5)

@@ -80,7 +80,7 @@ def test_budgets_share_the_evaluations_of_the_genetic_search(monkeypatch):
     monkeypatch.setattr(subnets.room, "refine", refine)
     recipe = load_recipe("digits", ["search.genetic_evaluations=8"], seed=7)
     run, budgets = SimpleNamespace(recipe=recipe), [{"bits": bits} for bits in (3, 4, 5)]
-    choices = subnets._choices(run, None, None, None, budgets, recipe.search)
+    choices = subnets._choices(run, None, budgets, recipe.search, None)
     assert given == [(3, 3, 7), (4, 3, 7), (5, 2, 7)]
     assert [choice.damage for choice in choices] == [3, 4, 5]
 

@@ -3,6 +3,7 @@
 https://huggingface.co/docs/safetensors: 8 bytes, little-endian, the length of the table; the table, JSON; the tensors.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ MOST_TABLE_BYTES = 1 << 24
 MOST_DIMENSIONS = 32
 MOST_SIZE = 1 << 48
 _LENGTH_BYTES = 8
+_MOST_DEPTH = 64
 _METADATA = "__metadata__"
 
 DTYPES: Mapping[str, np.dtype] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
@@ -110,7 +112,7 @@ def _entry(name: str, value: Any, start: int) -> Entry:
 
 
 def strict_json(text: str) -> dict[str, Any]:
-    """An object of JSON; no key may be given twice, no number be NaN or infinite.
+    """An object of JSON; no key may be given twice, no number be NaN or infinite, and what it holds is 64 deep at most.
 
     Raises:
         ValueError: it is none.
@@ -121,6 +123,13 @@ def strict_json(text: str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError("it is not an object")
+    inside: list[Any] = [value]
+    for _ in range(_MOST_DEPTH):
+        parts = (one.values() if isinstance(one, dict) else one for one in inside if isinstance(one, dict | list))
+        inside = list(itertools.chain.from_iterable(parts))
+    if inside:
+        # What is read can then be written again, and copied, which all recurse.
+        raise ValueError("it is nested too deeply")
     return value
 
 

@@ -1,5 +1,6 @@
 """The commands that take a file."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +62,7 @@ def evaluate(
             world=world,
             recalibration_images=recalibrate,
             confusion=confusion,
-            shown=lambda batches, count: tracked("evaluate", batches, count, silent=not world.first),
+            shown=partial(tracked, silent=not world.first),
         )
     if not world.first:
         return
@@ -161,7 +162,11 @@ def export(
             raise UserError(f"--data {data} is for a file: {file} is a recipe and names its data (data.root=FOLDER)")
         recipe = load_recipe(file, overrides or [], seed=seed)
         path = pipeline.artifact_of(recipe, run_directory(out, file), file)
-        out, beside, images = None, path.parent, pipeline.open_data(recipe).sample(deployment.CALIBRATION_IMAGES)
+        out, beside, images = (
+            None,
+            path.parent,
+            pipeline.open_data(recipe, tracked).sample(deployment.CALIBRATION_IMAGES),
+        )
     elif overrides:
         raise UserError(f"{overrides[0]!r}: overrides are for a recipe, {file} is a file")
     with stdout_kept_clean():
@@ -175,6 +180,7 @@ def export(
             images=images,
             data_name=data,
             network=model,
+            shown=tracked,
         )
     emit(document, json_, lambda: show_exported(path, document))
 

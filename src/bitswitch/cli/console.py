@@ -70,7 +70,7 @@ class TerminalReporter:
             yield lambda text: bar.update(task, advance=1, text=text)
 
 
-def tracked(what: str, parts: Iterable[Part], count: int, *, silent: bool) -> Iterable[Part]:
+def tracked(what: str, parts: Iterable[Part], count: int, *, silent: bool = False) -> Iterable[Part]:
     """The parts of some work, with a progress bar on stderr while they are taken; none where that is not a terminal."""
     hidden = silent or not errors.is_terminal
     return track(parts, what, total=count, console=errors, disable=hidden, transient=True)

@@ -72,7 +72,7 @@ def _document(run: "Run", records: dict[str, Any]) -> dict[str, Any]:
     document: dict[str, Any] = {"results": rows, "run": str(run.directory.path), "artifact": None, "bytes": None}
     if run.directory.artifact.name in records.get("train", {"outputs": ()})["outputs"]:
         document |= {"artifact": str(run.directory.artifact), "bytes": run.directory.artifact.stat().st_size}
-    if "supernet" in records:
+    if "supernet" in records and run.directory.supernet.is_file():
         document["supernet"] = str(run.directory.supernet)
     if "sensitivity" in records:
         document["sensitivity"] = files.read_json(run.directory.sensitivity)

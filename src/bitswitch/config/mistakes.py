@@ -32,11 +32,14 @@ def first_mistake(error: ValidationError, value: Any) -> str:
     same = [one["msg"] for at, one in found if at == location]
     message = first["msg"].removeprefix("Value error, ")
     if len(same) > 1 and all(one.startswith(_SHOULD) for one in same):
-        message = _SHOULD + " or ".join(one.removeprefix(_SHOULD).partition(", unable")[0] for one in same)
+        message = _SHOULD + " or ".join(
+            dict.fromkeys(one.removeprefix(_SHOULD).partition(", unable")[0] for one in same)
+        )
+    message = message.replace("valid tuple", "list, such as [a, b]")
     if not key:
         return message
     if first["type"] == "string_type" and not isinstance(first["input"], list | dict):
-        told = "" if isinstance(first["input"], bool) else f", {key}=\"'{first['input']}'\""
+        told = "" if isinstance(first["input"], bool | None) else f", {key}=\"'{first['input']}'\""
         message += f": quote it{told}"
     return f"{key}={first['input']!r}: {message[0].lower()}{message[1:]}" if key != "bits" else message
 

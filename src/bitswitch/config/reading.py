@@ -48,7 +48,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), *, seed: int | None 
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def _read(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML without what nobody means: a key said twice, of which the last would count, and numbers to base 60 or 8.
 
-    1:30 is text here, not 90, and 010 is refused, not 8.
+    1:30 is text here, not 90, and 010 is refused, not 8. As in YAML 1.2, 1e-3 is a number, not text.
     """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -115,8 +115,16 @@ class _Loader(yaml.SafeLoader):
         return self.construct_yaml_int(node) if node.tag.endswith("int") else self.construct_yaml_float(node)
 
 
-for _kind in ("int", "float"):
-    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number_or_text)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: a text that it would take for a number is quoted."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+for _number in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_number}", _Loader.number_or_text)
 
 
 def _yaml(text: str, where: str) -> Any:

@@ -1,6 +1,7 @@
 """Images: data sets by name, splits, preprocessing, batches."""
 
 from bitswitch.data.dataset import Batches, DataSet
+from bitswitch.data.decode import Shown
 from bitswitch.data.images import ImageSet
 from bitswitch.data.loader import FileDataSet, FileSet
 from bitswitch.data.memory import MemoryDataSet
@@ -15,6 +16,7 @@ __all__ = [
     "ImageSet",
     "MemoryDataSet",
     "Preprocessing",
+    "Shown",
     "load_data",
     "place_of",
 ]

@@ -56,7 +56,13 @@ class Cache:
         try:
             files.write(self._path(name), save(dict(tensors), metadata=metadata))
         except UserError as error:
-            warnings.warn(f"not kept for the next time ({error}); name another folder with data.cache", stacklevel=2)
+            # The same words for every file, so that they are said once.
+            reason = getattr(error.__cause__, "strerror", None) or error
+            warnings.warn(
+                f"what was found out is not kept for the next time in {self.folder} ({reason}): name another folder with "
+                "XDG_CACHE_HOME, or of a recipe with data.cache",
+                stacklevel=2,
+            )
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -1,7 +1,7 @@
 """What the files of a folder hold: their hashes, their pixels, which of them are damaged; kept on disk between runs."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bitswitch import files
 from bitswitch.data.cache import Cache
-from bitswitch.data.decode import UnreadableImage, check_image, file_digests, in_threads, read_image, read_size
+from bitswitch.data.decode import Shown, UnreadableImage, check_image, file_digest, in_threads, read_image, read_size
 from bitswitch.data.folder import Listing
 
 _MOST_BYTES_IN_MEMORY = 512 * 2**20
 # Files that are more than this together are hashed again only where their size or times have changed.
 _MOST_BYTES_HASHED_EVERY_TIME = 2**30
-_FORMAT = 2
+_FORMAT = 3
 
 Result = TypeVar("Result")
 Failures = dict[int, str]
@@ -45,11 +45,13 @@ class Contents:
         listing: of the folder.
         cache: what earlier runs found out, by content.
         workers: threads that read and decode.
+        shown: what shows how far that is.
     """
 
     listing: Listing
     cache: Cache
     workers: int
+    shown: Shown
 
     @cached_property
     def hashes(self) -> list[bytes]:
@@ -79,7 +81,7 @@ class Contents:
         known = self._that_still_fail(found[1]) if found is not None else None
         if known is not None:
             return known
-        attempts = in_threads(lambda path: _attempt(check_image, path), self.listing.paths, self.workers)
+        attempts = self._each("checking images", lambda path: _attempt(check_image, path), self.listing.paths)
         failures = {index: why for index, why in enumerate(attempts) if isinstance(why, str)}
         self.cache.write(name, {}, failures)
         return failures
@@ -113,7 +115,7 @@ class Contents:
     def _decode(self, size: tuple[int, int]) -> Decoded:
         images = torch.empty((len(self.listing.names), 3, *size), dtype=torch.uint8)
         failures = {}
-        attempts = in_threads(lambda path: _attempt(read_image, path), self.listing.paths, self.workers)
+        attempts = self._each("reading images", lambda path: _attempt(read_image, path), self.listing.paths)
         for index, image in enumerate(attempts):
             if isinstance(image, str):
                 failures[index] = image
@@ -126,7 +128,7 @@ class Contents:
         paths = self.listing.paths
         stats = torch.tensor([_stat(path) for path in paths], dtype=torch.int64)
         if int(stats[:, 0].sum()) <= _MOST_BYTES_HASHED_EVERY_TIME:
-            return file_digests(paths, self.workers)
+            return self._hashed(paths)
         name = f"hashes-{_digest_of([str(self.listing.root.resolve()), *self.listing.names])}"
         found = self.cache.read(name)
         if found is None:
@@ -136,11 +138,19 @@ class Contents:
             # Zeros are those of a file that could not be read.
             stale = (found[0]["stats"] != stats).any(1) | (digests == 0).all(1)
         if stale.any():
-            digests[stale] = file_digests([paths[i] for i in stale.nonzero().flatten().tolist()], self.workers)
+            digests[stale] = self._hashed([paths[i] for i in stale.nonzero().flatten().tolist()])
             now = {"digests": digests, "stats": stats}
             if found is None or any(not torch.equal(now[key], found[0][key]) for key in now):
                 self.cache.write(name, now, None)
         return digests
+
+    def _hashed(self, paths: Sequence[str]) -> Tensor:
+        """uint8 [N, 32]."""
+        joined = b"".join(self._each("hashing images", file_digest, paths))
+        return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, 32)
+
+    def _each(self, what: str, function: Callable[[str], Result], paths: Sequence[str]) -> Iterable[Result]:
+        return self.shown(what, in_threads(function, paths, self.workers), len(paths))
 
 
 def _attempt(read: Callable[[str], Result], path: str) -> Result | str:

@@ -1,19 +1,26 @@
 """Image files read, checked and hashed."""
 
 import hashlib
+import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from bitswitch.errors import UserError
 
 _CHUNK = 256
+_TIFF_BITS = 258
+
+Shown = Callable[[str, Iterable[Any], int], Iterable[Any]]
+"""Passes on parts of work, of which there are so many, and shows what is done and how far it is."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,8 +59,7 @@ def check_image(path: str) -> None:
 
     def load(image: Image.Image) -> None:
         image.draft("RGB", (1, 1))
-        image.load()
-        _in_bytes(image)
+        _in_bytes(image).convert("RGB")
 
     _opened(path, load)
 
@@ -62,7 +68,12 @@ def _in_bytes(image: Image.Image) -> Image.Image:
     """The image in a mode of 8 bits; Pillow would clip what is wider at 255."""
     # Pillow decodes 16-bit PGM, and older versions 16-bit PNG, as integers of 32 bits.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
-        return Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        # A TIFF of 12 bits is opened as one of 16, its numbers as they are.
+        bits = image.tag_v2.get(_TIFF_BITS, (16,))[0] if isinstance(image, TiffImageFile) else 16
+        return Image.fromarray((np.array(image) >> (bits - 8)).astype(np.uint8))
+    if image.mode == "La":
+        # Grey that was multiplied by its opacity, which Pillow turns into nothing else.
+        return image.convert("LA")
     if image.mode in ("I", "F"):
         raise ValueError(
             f"its pixels are {'floats' if image.mode == 'F' else 'integers of no known range'}: convert it to 8 bits"
@@ -72,6 +83,7 @@ def _in_bytes(image: Image.Image) -> Image.Image:
 
 def _opened(path: str, use: Callable[[Image.Image], Result]) -> Result:
     try:
+        _check_regular(path)
         with Image.open(path) as image:
             return use(image)
     # Decoders raise what they like on damaged files: OSError, SyntaxError, ValueError, IndexError, struct.error.
@@ -80,18 +92,20 @@ def _opened(path: str, use: Callable[[Image.Image], Result]) -> Result:
         raise UnreadableImage(f"{path} cannot be read: {' '.join(reason.split())}") from error
 
 
-def file_digests(paths: Sequence[str], workers: int) -> Tensor:
-    """The SHA-256 of every file's bytes: uint8 [N, 32]; zeros for a file that cannot be opened."""
+def _check_regular(path: str) -> None:
+    """A named pipe would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116 (Path is slow for a million files)
+        raise OSError("no regular file")
 
-    def digest(path: str) -> bytes:
-        try:
-            return hashlib.sha256(Path(path).read_bytes()).digest()
-        except OSError:
-            # Decoding comes next and says why, or leaves the file out.
-            return bytes(32)
 
-    joined = b"".join(in_threads(digest, paths, workers))
-    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).view(-1, 32)
+def file_digest(path: str) -> bytes:
+    """The SHA-256 of a file's bytes; zeros where it cannot be opened."""
+    try:
+        _check_regular(path)
+        return hashlib.sha256(Path(path).read_bytes()).digest()
+    except OSError:
+        # Decoding comes next and says why, or leaves the file out.
+        return bytes(32)
 
 
 def in_threads(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> Iterable[Result]:

@@ -34,10 +34,13 @@ class ImageSet:
 def choose_val(hashes: Sequence[bytes], fraction: float) -> tuple[Tensor, Tensor]:
     """Indices of (train, val), ascending: `val` is the fraction of images whose content hashes come first.
 
-    The choice depends on the content alone, not on order, names or a seed.
+    The choice depends on the content alone, not on order, names or a seed. Images of equal content stay together, in `train`
+    where the fraction ends among them.
     """
     order = sorted(range(len(hashes)), key=lambda i: (hashes[i], i))
     taken = round(fraction * len(hashes))
+    while 0 < taken < len(order) and hashes[order[taken - 1]] == hashes[order[taken]]:
+        taken -= 1
     rest, val = sorted(order[taken:]), sorted(order[:taken])
     return torch.tensor(rest, dtype=torch.long), torch.tensor(val, dtype=torch.long)
 

@@ -14,6 +14,7 @@ from bitswitch import files
 from bitswitch.data.cache import Cache, default_folder
 from bitswitch.data.contents import Contents
 from bitswitch.data.dataset import DataSet
+from bitswitch.data.decode import Shown
 from bitswitch.data.folder import list_images
 from bitswitch.data.image_folder import ImageFolder, Unreadable
 from bitswitch.data.images import ImageSet, take_val
@@ -41,6 +42,7 @@ def load_data(
     download: bool = False,
     workers: int = 2,
     cache: str | Path | None = None,
+    shown: Shown = lambda what, parts, count: parts,
 ) -> DataSet:
     """A data set by name.
 
@@ -58,6 +60,7 @@ def load_data(
         download: fetch CIFAR into `root` where it is not there.
         workers: threads that hash and decode into memory, processes that decode during training.
         cache: folder for what is kept between runs; $XDG_CACHE_HOME/bitswitch where None.
+        shown: passes on what is hashed and decoded, image by image, and shows how far it is.
 
     Raises:
         UserError: there is no such data set, or it cannot be read.
@@ -90,7 +93,7 @@ def load_data(
         raise UserError(f"data.cache={cache}: there is no such user's home") from error
     folder = ImageFolder(
         name=name,
-        contents=Contents(list_images(place), kept, workers),
+        contents=Contents(list_images(place), kept, workers, shown),
         val_fraction=val_fraction,
         unreadable=unreadable,
     )

@@ -1,5 +1,6 @@
 """The network's integer graph: what an artifact carries as `graph`, and what an ONNX file is made of."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -138,6 +139,9 @@ def _ranges(lowering: Lowering, inputs: tuple[Any, ...]) -> dict[int, Ranges]:
         assignment = dict.fromkeys((layer.name for layer in header.layers), width)
         executable = Executable(stored(graph), graph.arrays(assignment), optimize=False)
         for i, result in zip(found, executable.run(_numpy(inputs)), strict=True):
+            if not np.isfinite(result).all():
+                layer = lowering.products[i][0].layer
+                raise UserError(f"layer {layer!r} gives values that are not finite on example_inputs at {width} bits")
             if result.size // result.shape[1] >= _FEWEST:
                 found[i].append((_extremes(result), _common_range(result)))
     return {
@@ -152,7 +156,17 @@ def _extremes(result: np.ndarray) -> ChannelRange:
     axes = tuple(axis for axis in range(result.ndim) if axis != 1)
     least, greatest = result.min(axes).astype(np.float64), result.max(axes).astype(np.float64)
     room = _ROOM * (greatest - least)
-    return tuple(map(_short, least - room)), tuple(map(_short, greatest + room))
+    ends = [_outward(*pair) for pair in zip((least - room).tolist(), (greatest + room).tolist(), strict=True)]
+    return tuple(low for low, _ in ends), tuple(high for _, high in ends)
+
+
+def _outward(least: float, greatest: float) -> tuple[float, float]:
+    """A range that holds this one, its ends written to a thousandth of its width, wherever it lies: they are stored as text."""
+    if not least < greatest:
+        return least, greatest
+    digits = 2 - math.floor(math.log10(greatest - least))
+    step = 10.0**-digits
+    return round(math.floor(least / step) * step, digits), round(math.ceil(greatest / step) * step, digits)
 
 
 def _common_range(result: np.ndarray) -> Range:

@@ -81,12 +81,12 @@ def load(
         scale_form="raw",
         lsq_factor=True,
     )
-    loaded = apply(network, plan)
     try:
+        loaded = apply(network, plan)
         fill(loaded, header, tensors, planes(header))
     except (UserError, RuntimeError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} does not fit this {type(loaded).__name__}: {reason[:300]}") from error
+        raise UserError(f"{path} does not fit this {type(network).__name__}: {reason[:300]}") from error
     loaded.requires_grad_(False).eval()
     loaded.bitswitch_located = _wherever(located)  # type: ignore[assignment]
     switch(loaded, _widths(path, header, wanted, served))

@@ -163,6 +163,16 @@ def _end_in_floats(graph: ir.Graph, product: Product) -> None:
         take_place(graph, steps.outputs[0], quantizer.inputs[0])
 
 
+def _as_matmul(graph: ir.Graph, product: Product) -> None:
+    """ONNX Runtime makes an operation that takes no int2 of a quantized Gemm, and a Gemm of a MatMul and an Add."""
+    made = next((node for node in graph if node.outputs[0].name == f"{product.prefix}.matmul"), None)
+    if made is not None and made.op_type == "Gemm":
+        made.op_type = "MatMul"
+        for node in made.outputs[0].consumers():
+            assert node.op_type == "Add"
+            node.op_type = "Sum"
+
+
 def _can_fold(node: ir.Node) -> bool | None:
     """Quantized weights stay integers; all else is as the fold has it (None)."""
     return False if node.op_type in ("QuantizeLinear", "DequantizeLinear") else None
@@ -192,6 +202,8 @@ def _file(graph: IntegerGraph, assignment: Mapping[str, int], weights: Weights) 
     decide(graph.model.graph, arrays)
     for product in products:
         _end_in_floats(graph.model.graph, product)
+        if weights == "int2":
+            _as_matmul(graph.model.graph, product)
     standard_sums(graph.model)
     for name, value in graph.model.graph.initializers.items():
         if name in arrays:

@@ -14,7 +14,7 @@ from bitswitch.config import Recipe, to_yaml
 from bitswitch.data import DataSet
 from bitswitch.errors import UserError
 from bitswitch.pipeline import checks, subnets, training
-from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, open_data
+from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, open_data, shown_by
 from bitswitch.rundir import RunDirectory, changes
 from bitswitch.training.distributed import barrier, from_first
 from bitswitch.training.loop import seed_all
@@ -107,6 +107,7 @@ def artifact_of(recipe: Recipe, directory: RunDirectory, typed: str) -> Path:
             for one in _needed([stage]):
                 record = records.get(one, {"done": False})
                 found = changes(record["config"], _config(recipe, one)) if record["done"] else ["it is not done"]
+                found += _other_file(recipe, one, record) if record["done"] else []
                 for before in _STAGES[one].after if record["done"] else ():
                     product = _STAGES[before].product(directory)
                     if product.is_file() and record["inputs"].get(before) != files.file_digest(product):
@@ -137,7 +138,7 @@ def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str
     if not run.world.first:
         # The first rank decodes and fills the cache.
         barrier()
-    data = open_data(run.recipe)
+    data = open_data(run.recipe, shown_by(run.reporter))
     if run.world.first:
         barrier()
     with run.directory.locked() if run.world.first else nullcontext():
@@ -163,18 +164,23 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
     records = {stage: record for stage, record in records.items() if stage not in forgotten}
     for stage in _needed(stages):
         _check_same(run, data, stage, records)
-        if stage not in stages and not _is_done(run, records.get(stage)):
+        if stage not in stages and not _is_done(run, stage, records.get(stage)):
             where = run.directory.path
             raise UserError(
                 f"stage {stage} is not done in {where}: bitswitch {stage} {run.typed} --out {where} does it, with the same "
                 "overrides"
             )
-    left = [stage for stage in stages if not _is_done(run, records.get(stage))]
+    left = [stage for stage in stages if not _is_done(run, stage, records.get(stage))]
     for stage in left:
         checks.check_batches(run, data, stage)
+    for stage, before in _made_from(left, records):
+        run.reporter.note(
+            f"{stage} was made from another {before} stage than the one that is done now: unless both end alike, this stops "
+            f"before {stage}, for bitswitch {stage} {run.typed} --out {run.directory.path} --fresh"
+        )
     if "search" in stages:
         subnets.check(run, data)
-    if not _is_done(run, records.get("pretrain")):
+    if not _is_done(run, "pretrain", records.get("pretrain")):
         checks.check_network(run, data, stages)
     elif {"supernet", "search"} & set(left):
         checks.check_mixed(run, data, left)
@@ -185,6 +191,16 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
     if left or not config.exists():
         # Where nothing is to be done, parts of other stages may be said otherwise than they were done.
         files.write(config, to_yaml(run.recipe).encode())
+
+
+def _made_from(left: Sequence[str], records: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The stages with a record whose inputs hold what one, of those that are to be done from the start, has made before."""
+    return [
+        (stage, before)
+        for stage, record in records.items()
+        for before in _STAGES[stage].after
+        if before in left and before not in records and before in record["inputs"]
+    ]
 
 
 def _needed(stages: Sequence[str]) -> list[str]:
@@ -206,7 +222,7 @@ def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
 
 def _inputs(run: Run, data: DataSet, stage: str) -> dict[str, str]:
     """Digests of what a stage reads."""
-    inputs = {"data": data.fingerprint()}
+    inputs = {"data": data.fingerprint(), "classes": _names(data)}
     for before in _STAGES[stage].after:
         product = _STAGES[before].product(run.directory)
         if product.exists():
@@ -225,6 +241,21 @@ def _file_of(recipe: Recipe, stage: str) -> tuple[str, str | None]:
     return named.get(stage, ("", None))
 
 
+def _names(data: DataSet) -> str:
+    """A digest of the names of the classes, which checkpoints and artifacts hold."""
+    return files.digest(files.canonical_json(list(data.classes)).encode())
+
+
+def _other_file(recipe: Recipe, stage: str, record: Mapping[str, Any]) -> list[str]:
+    """How the file that a stage's part names differs from the one that the stage was made from, in one entry or none."""
+    key, given = _file_of(recipe, stage)
+    before = record["inputs"].get(key)
+    if given is None:
+        return [] if before is None else [f"{stage}.{key} was a file, is none"]
+    other = Path(given).is_file() and before != files.file_digest(Path(given))
+    return [f"{stage}.{key} was another file, or none"] if other else []
+
+
 def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any]) -> None:
     """Refuse where a stage, done or begun, was made from something else than is asked for now."""
     record = records.get(stage)
@@ -233,9 +264,9 @@ def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any])
     found = changes(record["config"], _config(run.recipe, stage))
     if record["inputs"]["data"] != data.fingerprint():
         found.append("the data are others")
-    key, given = _file_of(run.recipe, stage)
-    if given is not None and Path(given).is_file() and record["inputs"].get(key) != files.file_digest(Path(given)):
-        found.append(f"{stage}.{key} was another file, or none")
+    if record["inputs"].get("classes", _names(data)) != _names(data):
+        found.append("the classes have other names")
+    found += _other_file(run.recipe, stage, record)
     again = f"bitswitch {stage} {run.typed} --out {run.directory.path} --fresh does it again, with the same overrides"
     _refuse(run.directory, stage, found, f"{again}; or use another --out")
 
@@ -246,10 +277,12 @@ def _refuse(directory: RunDirectory, stage: str, found: Sequence[str], advice: s
         raise UserError(f"{directory.path} holds a {stage} stage made otherwise ({'; '.join(found)}): {advice}")
 
 
-def _is_done(run: Run, record: Mapping[str, Any] | None) -> bool:
+def _is_done(run: Run, stage: str, record: Mapping[str, Any] | None) -> bool:
     if record is None or not record["done"]:
         return False
-    return all((run.directory.path / name).exists() for name in record["outputs"])
+    # The search writes the SuperNet's artifact again, so that it is no output of the stage that made it.
+    made = [*record["outputs"], *([run.directory.supernet.name] if stage == "supernet" else [])]
+    return all((run.directory.path / name).exists() for name in made)
 
 
 def _do(run: Run, data: DataSet, stage: str) -> None:
@@ -317,6 +350,9 @@ def _begin(run: Run, data: DataSet, stage: str) -> dict[str, Any] | None:
     """Note that a stage is begun, and return its record; None where it is done."""
     record = run.directory.records().get(stage)
     inputs = _inputs(run, data, stage)
+    if record is not None and "classes" not in record["inputs"]:
+        # Of an earlier version.
+        del inputs["classes"]
     if record is None:
         # What a training would take up. The file of a stage that has none is replaced when the new one is there.
         run.directory.checkpoint(stage).unlink(missing_ok=True)
@@ -326,7 +362,7 @@ def _begin(run: Run, data: DataSet, stage: str) -> dict[str, Any] | None:
             f"{run.directory.path}: the {stage} stage was made from other inputs than are there now "
             f"({', '.join(differ)} changed): do it again with bitswitch {stage} {run.typed} --out {run.directory.path} --fresh"
         )
-    elif _is_done(run, record):
+    elif _is_done(run, stage, record):
         for name, digest in record["outputs"].items():
             if files.file_digest(run.directory.path / name) != digest:
                 raise UserError(f"{run.directory.path / name} was changed since it was made: do {stage} --fresh")

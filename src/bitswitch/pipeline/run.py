@@ -1,7 +1,7 @@
 """What the stages of one command share, and the networks and data that a recipe names."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitswitch.config import EnginePart, Recipe
-from bitswitch.data import DataSet, load_data
+from bitswitch.data import DataSet, Shown, load_data
 from bitswitch.errors import UserError
 from bitswitch.models import build, load_weights
 from bitswitch.nn import Plan, apply, quantize
@@ -77,11 +77,28 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def open_data(recipe: Recipe) -> DataSet:
-    """The recipe's data, with its own mean and standard deviation where the recipe gives them."""
+def shown_by(reporter: Reporter) -> Shown:
+    """What shows on a reporter how far a loop over parts is."""
+
+    def shown(what: str, parts: Iterable[Any], count: int) -> Iterator[Any]:
+        with reporter.progress(what, count, 0) as advance:
+            for part in parts:
+                advance("")
+                yield part
+
+    return shown
+
+
+def open_data(recipe: Recipe, shown: Shown = lambda what, parts, count: parts) -> DataSet:
+    """The recipe's data, with its own mean and standard deviation where the recipe gives them.
+
+    Args:
+        recipe: that names them.
+        shown: see `load_data`.
+    """
     part = recipe.data.model_dump()
     own: dict[str, Any] = {key: tuple(value) for key in ("mean", "std") if (value := part.pop(key)) is not None}
-    data = load_data(**part)
+    data = load_data(**part, shown=shown)
     return data.with_preprocessing(dataclasses.replace(data.preprocessing, **own)) if own else data
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from bitswitch.training.evaluate import with_less_at_once
 _EVALUATION_BATCH = 256
 # So many SubNets are scored in one pass over val.
 _AT_ONCE = 32
+
+_Top1 = Callable[[Sequence[Assignment]], list[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +153,27 @@ def search(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
     # In the memory format of its training, in which its artifact is held against it.
     model = engine(run, supernet).place(from_checkpoint(run, data, "supernet").to(run.device)).eval()
     layers = tuple(quantized_layers(model))
+    budgets = part.points if part.budgets is None else len(part.budgets)
+    passes = len(layers) * (len(run.recipe.bits) - 1) + 1 if part.damage == "accuracy" else 0
+    with run.reporter.progress(
+        "search", (passes + part.genetic_evaluations + budgets) * _steps(run, data), 0
+    ) as advance:
+        rows = _rows(run, data, model, part, partial(_top1, run, data, model, advance))
+    if run.world.first:
+        record = run.directory.records()["supernet"]
+        save_artifact(run, data, model, run.directory.supernet, supernet, record["result"], rows)
+        files.write_json(run.directory.frontier, {"split": "val", "damage": part.damage, "choices": rows})
+    return {"choices": len(rows)}, [run.directory.frontier, run.directory.supernet]
+
+
+def _rows(run: Run, data: DataSet, model: nn.Module, part: SearchPart, top1: _Top1) -> list[dict[str, Any]]:
+    """The choices as they stand in frontier.json."""
+    layers = tuple(quantized_layers(model))
     example = (data.sample(1).to(run.device),)
     latency = None if part.latency is None else room.read_latency(part.latency)
     costs = room.cost_tables(model, example, latency)
     if part.damage == "accuracy":
-        damage = room.measured_damage(model, lambda assignments: _top1(run, data, model, assignments))
+        damage = room.measured_damage(model, top1)
     else:
         damage = room.damage_table(model, traces_of(run, layers), part.damage)
     tied = [*part.tied, *(room.shared_inputs(model, example) if part.tie_shared_inputs else [])]
@@ -165,32 +183,22 @@ def search(run: Run, data: DataSet) -> tuple[dict[str, Any], list[Path]]:
         if part.budgets is None
         else room.as_budgets(part.budgets)
     )
-    choices = _choices(run, data, model, problem, budgets, part)
+    choices = _choices(run, problem, budgets, part, top1)
     scored = _val_images(run, data) > 0
-    scores = _top1(run, data, model, [choice.assignment for choice in choices]) if scored else [None] * len(choices)
-    rows = [
+    scores = top1([choice.assignment for choice in choices]) if scored else [None] * len(choices)
+    return [
         {
             "assignment": choice.assignment.to_json(),
             "cost": dict(choice.cost),
             "damage": choice.damage,
-            "top1": top1,
+            "top1": score,
         }
-        for choice, top1 in zip(choices, scores, strict=True)
+        for choice, score in zip(choices, scores, strict=True)
     ]
-    if run.world.first:
-        record = run.directory.records()["supernet"]
-        save_artifact(run, data, model, run.directory.supernet, supernet, record["result"], rows)
-        files.write_json(run.directory.frontier, {"split": "val", "damage": part.damage, "choices": rows})
-    return {"choices": len(rows)}, [run.directory.frontier, run.directory.supernet]
 
 
 def _choices(
-    run: Run,
-    data: DataSet,
-    model: nn.Module,
-    problem: room.Problem,
-    budgets: Sequence[Mapping[str, float]],
-    part: SearchPart,
+    run: Run, problem: room.Problem, budgets: Sequence[Mapping[str, float]], part: SearchPart, top1: _Top1
 ) -> list[room.Choice]:
     """The frontier; with the programme's other solutions and the genetic search's best, where they are asked for."""
     found = {choice.assignment: choice for choice in room.frontier(problem, budgets)}
@@ -202,7 +210,7 @@ def _choices(
             best, _ = room.refine(
                 problem,
                 budget,
-                lambda assignments: _top1(run, data, model, assignments),
+                top1,
                 evaluations=share,
                 seed=run.recipe.seed,
             )[0]
@@ -214,18 +222,31 @@ def _val_images(run: Run, data: DataSet) -> int:
     return min(run.recipe.search.val_images, data.size("val"))
 
 
-def _top1(run: Run, data: DataSet, model: nn.Module, assignments: Sequence[Assignment]) -> list[float]:
-    """Top-1 on the first images of val, for each assignment; the last batch is whole."""
+def _steps(run: Run, data: DataSet) -> int:
+    """How many batches of val this rank scores an assignment on."""
+    batches = -(-_val_images(run, data) // _EVALUATION_BATCH)
+    return len(range(run.world.rank, batches, run.world.size))
+
+
+def _top1(
+    run: Run, data: DataSet, model: nn.Module, advance: Callable[[str], None], assignments: Sequence[Assignment]
+) -> list[float]:
+    """Top-1 on the first images of val, for each assignment."""
     world = run.world
 
     def score(some: Sequence[Assignment], images: int) -> list[float]:
-        # This rank's share of the first batches; smaller ones are parts of these.
-        whole = -(-_val_images(run, data) // _EVALUATION_BATCH) * (_EVALUATION_BATCH // images)
-        own = len(range(world.rank, whole, world.size))
-        batches = data.evaluation_batches(
-            "val", batch_size=images, device=run.device, rank=world.rank, world=world.size
-        )
-        return [score.top1 for score in evaluate(model, itertools.islice(batches, own), some, world=world)]
+        def first() -> Iterator[tuple[Tensor, Tensor]]:
+            most = _val_images(run, data)
+            batches = data.evaluation_batches(
+                "val", batch_size=images, device=run.device, rank=world.rank, world=world.size
+            )
+            for start, (x, y) in zip(range(world.rank * images, most, world.size * images), batches, strict=False):
+                yield x[: most - start], y[: most - start]
+                # Of smaller batches, all of a whole one count once.
+                for _ in some if (start + images) % _EVALUATION_BATCH == 0 or start + images >= most else ():
+                    advance("")
+
+        return [score.top1 for score in evaluate(model, first(), some, world=world)]
 
     return [
         top1
