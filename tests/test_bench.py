@@ -59,6 +59,7 @@ def test_every_engine_and_width_is_measured(capsys, file, tmp_path, monkeypatch)
     timed = {(row["engine"], row["bits"], row["batch"]) for row in document["speed"]}
     engines = [("torch", 8), ("torch", 2), ("session", 8), ("session", 2), ("float ONNX", None)]
     assert timed == {(*one, batch) for one in engines for batch in (1, 32)}
+    assert all(row["images_per_s"] == 1e3 * row["batch"] / row["ms"] for row in document["speed"])
     table = read_latency(tmp_path / "bench.json")
     assert set(table) == set(layers) and all(set(row) == {8, 2} and min(row.values()) > 0 for row in table.values())
     traces = dict.fromkeys(layers, 1.0)

@@ -108,6 +108,14 @@ def test_a_changed_override_is_not_ignored(capsys, copied):
     assert snapshot(copied) == before
 
 
+def test_an_output_that_is_gone_is_made_again(capsys, copied):
+    before = (copied / "model.safetensors").read_bytes()
+    (copied / "model.safetensors").unlink()
+    status, _, err = call(capsys, "run", "digits", *SHORT, "--out", copied)
+    assert status == 0 and "pretrain: done before, skipped" in err and "train: taken up after epoch 1 of 1" in err
+    assert artifact.read_header(copied / "model.safetensors").provenance and before
+
+
 def test_a_changed_override_is_not_ignored_half_way(capsys, copied):
     """A stage that has begun is held to what it began with."""
     records = json.loads((copied / "stages.json").read_text())
@@ -355,6 +363,9 @@ def test_a_file_that_is_cut_off_is_evaluated_at_the_widths_that_it_holds(capsys,
     mixed = path.with_name("mixed.json")
     mixed.write_text(json.dumps(dict.fromkeys(bs.widths(bs.load(path, bits=2)), 8)))
     one_line(call(capsys, "evaluate", path, "--assignment", mixed), "8 bits are not loaded")
+    document = json.loads(call(capsys, "inspect", path, "--json")[1])
+    planes = artifact.plane_bytes([layer.shape for layer in artifact.read_header(path).layers])
+    assert document["held"] == [6, 4, 2] and document["code_bytes"] == 7 * planes
     named_otherwise = path.with_name("model.cut")
     shutil.copy(path, named_otherwise)
     assert call(capsys, "evaluate", named_otherwise, "--json")[0] == 0
@@ -731,7 +742,9 @@ def test_values_that_no_run_can_have_are_refused_before_anything_is_done(capsys,
 
 def test_an_override_of_one_part_leaves_another_that_shares_its_mapping(tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text("extends: digits\ntrain: &both {epochs: 5, batch_size: 64}\nsupernet: *both\n")
+    # Where a recipe extends another, parts are copied as they are laid over it.
+    data = "model: {name: cifar_resnet8, args: {in_channels: 1}}\ndata: {name: digits}\n"
+    recipe.write_text(f"{data}train: &both {{epochs: 5, batch_size: 64}}\nsupernet: *both\n")
     found = load_recipe(str(recipe), ["train.epochs=1"])
     assert (found.train.epochs, found.supernet.epochs) == (1, 5)
 

@@ -1,5 +1,6 @@
 import hashlib
 import importlib.util
+import io
 import json
 import os
 from dataclasses import replace
@@ -14,6 +15,7 @@ import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.artifact.container import entries
 from bitswitch.artifact.header import KEY, Header
+from bitswitch.artifact.source import Damaged, Source
 from bitswitch.errors import UserError
 from bitswitch.nn import quantized_layers
 from mutate import table_of, with_table
@@ -350,6 +352,7 @@ def test_another_version_is_refused(path, version):
         {"layers": None},
         {"layers": [{}]},
         {"norms": {"bn1": "nowhere"}},
+        {"norms": {"bn2": "nowhere"}},
         {"norms": 3},
         {"per_channel": 0},
         {"transitional": None},
@@ -400,6 +403,30 @@ def test_no_file_a_folder_and_no_regular_file(tmp_path):
     assert "is a folder" in refusal(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     assert "not a regular file" in refusal(tmp_path / "pipe")
+
+
+class Trickle(io.BytesIO):
+    """A stream that gives a few bytes at a time, as one over a network may."""
+
+    def readinto(self, buffer):
+        return super().readinto(buffer[:7])
+
+
+def test_what_comes_in_pieces_is_read_whole():
+    content = bytes(range(256))
+    source = Source(Trickle(content), "x", OSError)
+    assert source.read(3, 200) == content[3:200]
+    source.size = 300
+    with pytest.raises(Damaged, match="ended after 256 of 300 bytes"):
+        source.read(0, 300)
+
+
+@pytest.mark.parametrize(("before", "row"), [(None, 1), ("conv2", 1), ("conv3", 2 * 4 + 1)])
+def test_the_row_of_a_transitional_norm(path, before, row):
+    header = replace(artifact.read_header(path), norms={"bn2": "conv2"}, before={"bn2": before})
+    assignment = {"conv2": 6, "conv3": 4, "conv4": 8}
+    assert replace(header, transitional=True).norm_row("bn2", assignment) == row
+    assert replace(header, transitional=False).norm_row("bn2", assignment) == 1
 
 
 def test_header_values_are_frozen(path):

@@ -51,6 +51,12 @@ def test_val_depends_on_content_alone():
     assert len(take_val(whole, 0.0)[1]) == 0
 
 
+def test_a_set_smaller_than_a_batch_is_one_batch_that_the_ranks_can_share(digits):
+    few = dataclasses.replace(digits, train=digits.train[torch.arange(10)])
+    assert [few.training_batch(100 * world, world) for world in (1, 2, 3, 4)] == [10, 10, 9, 8]
+    assert few.training_batch(6, 3) == 6
+
+
 @given(st.lists(st.integers(0, 6), max_size=30), st.floats(0, 0.99))
 def test_images_of_equal_content_are_in_one_split(contents, fraction):
     hashes = [bytes([one]) for one in contents]

@@ -69,6 +69,14 @@ def test_a_recipe_reaches_the_start_and_the_draws_of_joint_training(monkeypatch)
         training.train(run, None)
 
 
+def test_weights_to_start_from_are_no_part_of_what_a_file_names():
+    recipe = load_recipe("digits", ["model.args={weights: DEFAULT, in_channels: 1}"])
+    data = SimpleNamespace(classes=("a", "b"), name="x", preprocessing=SimpleNamespace(to_json=dict))
+    known = rooms.about(SimpleNamespace(recipe=recipe), data)
+    assert known["network"] == {"name": "cifar_resnet8", "args": {"in_channels": 1, "num_classes": 2}}
+    assert recipe.model.args["weights"] == "DEFAULT"
+
+
 def test_budgets_share_the_evaluations_of_the_genetic_search(monkeypatch):
     given = []
 

@@ -11,6 +11,7 @@ import bitswitch as bs
 from bitswitch import cli
 from bitswitch.data import load_data
 from bitswitch.errors import UserError
+from bitswitch.evaluation import _key
 from bitswitch.models import build
 from bitswitch.rundir import RunDirectory
 from commands import call, one_line
@@ -66,5 +67,12 @@ def test_predictions_on_other_data_or_with_other_statistics_are_not_taken(capsys
         return len(list((Path(os.environ["XDG_CACHE_HOME"]) / "bitswitch").glob("predictions-*")))
 
     assert [kept(), kept(), kept("--split", "val"), kept("--recalibrate", "64")] == [2, 2, 4, 6]
+    # So many images that nothing but the split tells them apart.
+    monkeypatch.setattr(
+        "bitswitch.evaluation._key", lambda about, precision: seen.append(about) or _key(about, precision)
+    )
+    seen = []
+    assert kept() == kept("--split", "val") == 6
+    assert seen[0] != seen[-1] and [one for one in seen[0] if one not in seen[-1]] == ["test"]
     monkeypatch.setattr("bitswitch.data.memory.MemoryDataSet.fingerprint", lambda self: "other data")
     assert kept() == 8

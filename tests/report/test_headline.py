@@ -2,6 +2,7 @@
 
 import accuracy
 from bitswitch.report.headline import LABELS, differences, headline
+from bitswitch.report.markdown import difference
 from report.trainings import training
 
 OURS = next(iter(LABELS))
@@ -25,6 +26,14 @@ def test_rows_are_means_beside_float_in_the_order_of_the_labels():
         "| the paper's recipe | 123 | 88.50 (-1.50 ± 0.50) | 88.50 (-1.50 ± 0.50) |",
     ]
     assert "mean of seeds 0, 1, 2" in table and "JPEG" in table and "abcdef012345" in table
+
+
+def test_three_differences_are_sure_beyond_two_and_a_half_standard_deviations():
+    """Student's t of two degrees of freedom at 97.5 %, 4.303, over the root of three: 2.484."""
+    assert difference([0.151, 0.251, 0.351]) == "**0.25 ± 0.10**" and difference([-0.351, -0.251, -0.151])[:2] == "**"
+    assert difference([0.145, 0.245, 0.345]) == "0.24 ± 0.10" and difference([1.0, 1.1]) == difference(
+        [1.0, 1.1]
+    ).strip("*")
 
 
 def test_longer_trainings_are_rows_of_their_own():

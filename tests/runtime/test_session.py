@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import itertools
 import json
 import random
@@ -68,6 +69,23 @@ def test_a_mixed_assignment_runs(made):
     assert snr_db(torch_logits(model, images, mixed), session.run(images.numpy())) > 20
     session.switch({"conv3": 8})
     assert session.assignment.to_json() == mixed | {"conv3": 8}
+
+
+def test_a_budget_of_a_file_that_is_cut_off_takes_what_it_serves(made):
+    whole = read(made[2]["requantized"])
+    layers = [layer.name for layer in whole.header.layers]
+    rows = tuple(
+        {
+            "assignment": dict.fromkeys(layers, width),
+            "cost": {"bits": float(width)},
+            "damage": 8.0 - width,
+            "top1": None,
+        }
+        for width in WIDTHS
+    )
+    given = dataclasses.replace(whole, header=dataclasses.replace(whole.header, frontier=rows))
+    assert given.assignment("avg<=7").uniform == 6 and given.assignment("avg<=8").uniform == 8
+    assert dataclasses.replace(given, widths=(4, 2)).assignment("avg<=8").uniform == 4
 
 
 def test_a_file_that_is_cut_off_runs_at_the_widths_that_it_holds(made, tmp_path):
