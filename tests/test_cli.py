@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 import bitswitch as bs
 from bitswitch import artifact
+from bitswitch.cli.words import run_directory
 from bitswitch.config import load_recipe, to_yaml
 from bitswitch.data import load_data
 from bitswitch.models import build
@@ -747,6 +748,12 @@ def test_an_override_of_one_part_leaves_another_that_shares_its_mapping(tmp_path
     recipe.write_text(f"{data}train: &both {{epochs: 5, batch_size: 64}}\nsupernet: *both\n")
     found = load_recipe(str(recipe), ["train.epochs=1"])
     assert (found.train.epochs, found.supernet.epochs) == (1, 5)
+
+
+@pytest.mark.parametrize("recipe", ["mine", "some/folder/mine.yaml", "/mine.yml"])
+def test_a_run_without_a_folder_goes_to_one_of_the_recipes_name(recipe):
+    assert run_directory(None, recipe).path == Path("runs/mine")
+    assert run_directory(Path("out"), recipe).path == Path("out")
 
 
 def test_advice_names_the_recipe_as_it_was_typed(capsys, tmp_path):

@@ -173,7 +173,7 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
     left = [stage for stage in stages if not _is_done(run, stage, records.get(stage))]
     for stage in left:
         checks.check_batches(run, data, stage)
-    for stage, before in _made_from(left, records):
+    for stage, before in _made_from(stages, left, records):
         run.reporter.note(
             f"{stage} was made from another {before} stage than the one that is done now: unless both end alike, this stops "
             f"before {stage}, for bitswitch {stage} {run.typed} --out {run.directory.path} --fresh"
@@ -193,13 +193,14 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
         files.write(config, to_yaml(run.recipe).encode())
 
 
-def _made_from(left: Sequence[str], records: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The stages with a record whose inputs hold what one, of those that are to be done from the start, has made before."""
+def _made_from(stages: Sequence[str], left: Sequence[str], records: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of these stages, those with a record whose inputs hold what one that is to be done from the start has made before."""
     return [
         (stage, before)
-        for stage, record in records.items()
+        for stage in stages
+        if stage in records
         for before in _STAGES[stage].after
-        if before in left and before not in records and before in record["inputs"]
+        if before in left and before not in records and before in records[stage]["inputs"]
     ]
 
 
