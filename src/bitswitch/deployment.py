@@ -10,7 +10,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from bitswitch import artifact, files
-from bitswitch.data import Shown
+from bitswitch.data import Shown, unseen
 from bitswitch.errors import UserError, nearest, require
 from bitswitch.evaluation import assignments_named
 from bitswitch.export import add_graph, load
@@ -34,7 +34,7 @@ def export(
     images: Tensor | None = None,
     data_name: str | None = None,
     network: str | None = None,
-    shown: Shown = lambda what, parts, count: parts,
+    shown: Shown = unseen,
 ) -> dict[str, Any]:
     """Write one ONNX file for each precision asked for; the artifact gets its graph first, where it has none that can be used.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bitswitch import artifact, files
 from bitswitch.artifact import check_choice, within_budget
 from bitswitch.assignment import Assignment
-from bitswitch.data import DataSet, Shown
+from bitswitch.data import DataSet, Shown, unseen
 from bitswitch.data.cache import Cache, default_folder
 from bitswitch.errors import UserError
 from bitswitch.machine import machine, source_digest
@@ -54,7 +54,7 @@ def evaluate_file(
     world: World | None = None,
     recalibration_images: int = 0,
     confusion: bool = False,
-    shown: Shown = lambda what, parts, count: parts,
+    shown: Shown = unseen,
 ) -> dict[str, Any]:
     """Score a file at every width asked for, each batch visited once.
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitswitch import artifact, files
-from bitswitch.data import DataSet, Preprocessing, Shown, load_data, place_of
+from bitswitch.data import DataSet, Preprocessing, Shown, load_data, place_of, unseen
 from bitswitch.errors import UserError
 from bitswitch.export import load
 from bitswitch.models import build, is_trusted, load_weights
@@ -140,7 +140,7 @@ def example_images(
     return data_for(path, name, subject, shown).sample(count)
 
 
-def data_for(path: str | Path, name: str, subject: Subject, shown: Shown = lambda what, parts, count: parts) -> DataSet:
+def data_for(path: str | Path, name: str, subject: Subject, shown: Shown = unseen) -> DataSet:
     """The data as the network wants them: the same split as in its training, its own normalization and size."""
     config = subject.data_config or {}
     said = {key: config[key] for key in ("val_fraction", "unreadable") if key in config}

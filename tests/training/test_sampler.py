@@ -230,8 +230,8 @@ def test_mixed_scales_move_at_the_rates_of_their_widths():
         )
 
 
-def test_the_highest_width_teaches_a_supernet():
-    model, drawn, x, y = supernet(sigma=1.0, epochs=1)
+def taught_in_a_step(model, drawn, number, x, y):
+    """What the teacher said to every forward of a step, and what the network says at its highest width before it."""
     seen = []
 
     class Spy(Distillation):
@@ -242,31 +242,24 @@ def test_the_highest_width_teaches_a_supernet():
     objective = JointObjective(
         model, MultiPrecisionOptimizer(model), sampler=drawn, distillation=Spy(teacher="highest", weight=0.5)
     )
-    number = next(n for n in range(50) if drawn.draw(n)[0][1].uniform is None)
     with switched(model.train(), 8), torch.no_grad():
         highest = model(x)
     objective.step(x, y, 1.0, number)
-    assert len(seen) == 3
-    for taught in seen:
-        assert torch.equal(taught, highest)
+    return seen, highest
+
+
+def test_the_highest_width_teaches_a_supernet():
+    model, drawn, x, y = supernet(sigma=1.0, epochs=1)
+    number = next(n for n in range(50) if drawn.draw(n)[0][1].uniform is None)
+    seen, highest = taught_in_a_step(model, drawn, number, x, y)
+    assert len(seen) == 3 and all(torch.equal(taught, highest) for taught in seen)
 
 
 def test_the_highest_width_teaches_steps_that_do_not_draw_it():
     model, _, x, y = supernet()
-    drawn, seen = WidthSampler(widths=(8, 4, 2), forwards=2, seed=0), []
-
-    class Spy(Distillation):
-        def loss(self, logits, labels, taught):
-            seen.append(taught)
-            return super().loss(logits, labels, taught)
-
-    objective = JointObjective(
-        model, MultiPrecisionOptimizer(model), sampler=drawn, distillation=Spy(teacher="highest", weight=0.5)
-    )
+    drawn = WidthSampler(widths=(8, 4, 2), forwards=2, seed=0)
     number = next(n for n in range(50) if drawn.draw(n)[0][0] == 4)
-    with switched(model.train(), 8), torch.no_grad():
-        highest = model(x)
-    objective.step(x, y, 1.0, number)
+    seen, highest = taught_in_a_step(model, drawn, number, x, y)
     assert len(seen) == 2 and all(torch.equal(taught, highest) for taught in seen)
 
 

@@ -1,7 +1,7 @@
 """Images: data sets by name, splits, preprocessing, batches."""
 
 from bitswitch.data.dataset import Batches, DataSet
-from bitswitch.data.decode import Shown
+from bitswitch.data.decode import Shown, unseen
 from bitswitch.data.images import ImageSet
 from bitswitch.data.loader import FileDataSet, FileSet
 from bitswitch.data.memory import MemoryDataSet
@@ -19,4 +19,5 @@ __all__ = [
     "Shown",
     "load_data",
     "place_of",
+    "unseen",
 ]

@@ -26,6 +26,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def unseen(what: str, parts: Iterable[Any], count: int) -> Iterable[Any]:
+    """The parts, of which nothing is shown."""
+    return parts
+
+
 class UnreadableImage(UserError):
     """A file that cannot be decoded; the message names it and says why."""
 

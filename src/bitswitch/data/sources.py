@@ -14,7 +14,7 @@ from bitswitch import files
 from bitswitch.data.cache import Cache, default_folder
 from bitswitch.data.contents import Contents
 from bitswitch.data.dataset import DataSet
-from bitswitch.data.decode import Shown
+from bitswitch.data.decode import Shown, unseen
 from bitswitch.data.folder import list_images
 from bitswitch.data.image_folder import ImageFolder, Unreadable
 from bitswitch.data.images import ImageSet, take_val
@@ -42,7 +42,7 @@ def load_data(
     download: bool = False,
     workers: int = 2,
     cache: str | Path | None = None,
-    shown: Shown = lambda what, parts, count: parts,
+    shown: Shown = unseen,
 ) -> DataSet:
     """A data set by name.
 

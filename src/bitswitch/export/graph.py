@@ -161,7 +161,7 @@ def _extremes(result: np.ndarray) -> ChannelRange:
 
 
 def _outward(least: float, greatest: float) -> tuple[float, float]:
-    """A range that holds this one, its ends written to a thousandth of its width, wherever it lies: they are stored as text."""
+    """A range that holds this one, written with three digits of its width, wherever it lies: its ends are stored as text."""
     if not least < greatest:
         return least, greatest
     digits = 2 - math.floor(math.log10(greatest - least))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitswitch.config import EnginePart, Recipe
-from bitswitch.data import DataSet, Shown, load_data
+from bitswitch.data import DataSet, Shown, load_data, unseen
 from bitswitch.errors import UserError
 from bitswitch.models import build, load_weights
 from bitswitch.nn import Plan, apply, quantize
@@ -89,7 +89,7 @@ def shown_by(reporter: Reporter) -> Shown:
     return shown
 
 
-def open_data(recipe: Recipe, shown: Shown = lambda what, parts, count: parts) -> DataSet:
+def open_data(recipe: Recipe, shown: Shown = unseen) -> DataSet:
     """The recipe's data, with its own mean and standard deviation where the recipe gives them.
 
     Args:
