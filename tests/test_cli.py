@@ -20,7 +20,7 @@ from bitswitch.cli.words import run_directory
 from bitswitch.config import load_recipe, to_yaml
 from bitswitch.data import load_data
 from bitswitch.models import build
-from bitswitch.pipeline.execute import _config
+from bitswitch.pipeline.origins import config_of
 from bitswitch.rundir import RunDirectory
 from bitswitch.version import __version__
 from commands import call, one_line, run_digits
@@ -913,8 +913,8 @@ def test_a_supernet_of_another_joint_network_is_not_exported(capsys, copied):
     recipe = load_recipe(*words[:1], words[1:])
     made = {"done": True, "inputs": {"train": "0" * 64}, "outputs": {}, "result": {}}
     inputs = {"pretrain": records["train"]["inputs"]["pretrain"]}
-    records["sensitivity"] = made | {"config": _config(recipe, "sensitivity"), "inputs": inputs}
-    records["supernet"] = made | {"config": _config(recipe, "supernet")}
+    records["sensitivity"] = made | {"config": config_of(recipe, "sensitivity"), "inputs": inputs}
+    records["supernet"] = made | {"config": config_of(recipe, "supernet")}
     (copied / "stages.json").write_text(json.dumps(records))
     shutil.copy(copied / "model.safetensors", copied / "supernet.safetensors")
     one_line(

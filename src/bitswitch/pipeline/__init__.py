@@ -1,7 +1,9 @@
 """Stages joined, each reading the run directory and writing to it."""
 
-from bitswitch.pipeline.execute import STAGES, artifact_of, execute, stages_of
+from bitswitch.pipeline.execute import execute
+from bitswitch.pipeline.origins import artifact_of
 from bitswitch.pipeline.run import Reporter, Run, choose_device, open_data
+from bitswitch.pipeline.stages import STAGES, stages_of
 from bitswitch.pipeline.training import joint_objective
 
 __all__ = [

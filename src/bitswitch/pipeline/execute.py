@@ -1,10 +1,8 @@
 """Which stages are done, which can be taken up, and doing them in order."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,112 +11,12 @@ from bitswitch import files
 from bitswitch.config import Recipe, to_yaml
 from bitswitch.data import DataSet
 from bitswitch.errors import UserError
-from bitswitch.pipeline import checks, subnets, training
-from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run, open_data, shown_by
-from bitswitch.rundir import RunDirectory, changes
+from bitswitch.pipeline import checks, subnets
+from bitswitch.pipeline.origins import check_same, config_of, inputs_of, made_from
+from bitswitch.pipeline.run import Run, open_data, shown_by
+from bitswitch.pipeline.stages import BY_NAME, STAGES, needed, stages_of
 from bitswitch.training.distributed import barrier, from_first
 from bitswitch.training.loop import seed_all
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stage:
-    """A stage.
-
-    Attributes:
-        work: does it; returns its result, plain JSON values, and the files that it made.
-        config: the parts of the recipe that its result depends on.
-        after: the stages whose product it reads.
-        product: what stages after it read.
-        part: of the recipe that must be there.
-    """
-
-    work: Callable[[Run, DataSet], tuple[dict[str, Any], list[Path]]]
-    config: tuple[str, ...]
-    after: tuple[str, ...]
-    product: Callable[[RunDirectory], Path]
-    part: str
-
-
-def _checkpoint(stage: str) -> Callable[[RunDirectory], Path]:
-    return lambda directory: directory.checkpoint(stage)
-
-
-_STAGES = {
-    "pretrain": _Stage(
-        work=training.pretrain,
-        config=("seed", "model", "data", "pretrain"),
-        after=(),
-        product=_checkpoint("pretrain"),
-        part="pretrain",
-    ),
-    "train": _Stage(
-        work=training.train,
-        config=("seed", "bits", "model", "data", "train"),
-        after=("pretrain",),
-        product=_checkpoint("train"),
-        part="train",
-    ),
-    "sensitivity": _Stage(
-        work=subnets.sensitivity,
-        config=("seed", "model", "data", "sensitivity"),
-        after=("pretrain",),
-        product=lambda directory: directory.sensitivity,
-        part="sensitivity",
-    ),
-    "supernet": _Stage(
-        work=training.supernet,
-        config=("seed", "bits", "model", "data", "supernet"),
-        after=("train", "sensitivity"),
-        product=_checkpoint("supernet"),
-        part="supernet",
-    ),
-    "search": _Stage(
-        work=subnets.search,
-        config=("seed", "bits", "model", "data", "search"),
-        after=("supernet", "sensitivity"),
-        product=lambda directory: directory.frontier,
-        # Its SubNets are the SuperNet's.
-        part="supernet",
-    ),
-}
-STAGES = tuple(_STAGES)
-
-
-def stages_of(recipe: Recipe) -> tuple[str, ...]:
-    """The stages that a recipe asks for: those of mixed precision where it has a supernet part and is no rival's."""
-    mixed = recipe.supernet is not None and recipe.train.method == "double_rounding"
-    return STAGES if mixed else ("pretrain", "train")
-
-
-def artifact_of(recipe: Recipe, directory: RunDirectory, typed: str) -> Path:
-    """The artifact of a recipe's run: the SuperNet's where the recipe asks for one and it is trained, else joint training's.
-
-    Args:
-        recipe: with its overrides.
-        directory: of the run.
-        typed: the recipe's name or path.
-
-    Raises:
-        UserError: there is none, or it was made from another configuration.
-    """
-    records = directory.records()
-    for stage, path in (("supernet", directory.supernet), ("train", directory.artifact)):
-        if stage in stages_of(recipe) and records.get(stage, {}).get("done") and path.is_file():
-            for one in _needed([stage]):
-                record = records.get(one, {"done": False})
-                found = changes(record["config"], _config(recipe, one)) if record["done"] else ["it is not done"]
-                found += _other_file(recipe, one, record) if record["done"] else []
-                for before in _STAGES[one].after if record["done"] else ():
-                    product = _STAGES[before].product(directory)
-                    if product.is_file() and record["inputs"].get(before) != files.file_digest(product):
-                        found.append(f"{before} was done again since")
-                advice = "say the overrides that it was made with, do it again, or use another --out"
-                _refuse(directory, one, found, f"{advice}; or give the file, {path}")
-            return path
-    raise UserError(
-        f"stage train is not done in {directory.path}: bitswitch run {typed} --out {directory.path} does it, with the same "
-        "overrides"
-    )
 
 
 def execute(run: Run, stages: Sequence[str], *, fresh: bool = False) -> dict[str, Any]:
@@ -156,14 +54,14 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
         raise UserError(
             f"{run.directory.path} holds {strangers[0]} but no record of a run (stages.json): use an empty or new --out"
         )
-    checks.check_parts(run, {stage: _STAGES[stage].part for stage in stages})
+    checks.check_parts(run, {stage: BY_NAME[stage].part for stage in stages})
     from_the_start = fresh and tuple(stages) == stages_of(run.recipe)
     forgotten = STAGES if from_the_start else stages if fresh else ()
     # Records that are damaged are not read where all are forgotten.
     records = {} if from_the_start else run.directory.records()
     records = {stage: record for stage, record in records.items() if stage not in forgotten}
-    for stage in _needed(stages):
-        _check_same(run, data, stage, records)
+    for stage in needed(stages):
+        check_same(run, data, stage, records)
         if stage not in stages and not _is_done(run, stage, records.get(stage)):
             where = run.directory.path
             raise UserError(
@@ -173,7 +71,7 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
     left = [stage for stage in stages if not _is_done(run, stage, records.get(stage))]
     for stage in left:
         checks.check_batches(run, data, stage)
-    for stage, before in _made_from(stages, left, records):
+    for stage, before in made_from(stages, left, records):
         run.reporter.note(
             f"{stage} was made from another {before} stage than the one that is done now: unless both end alike, this stops "
             f"before {stage}, for bitswitch {stage} {run.typed} --out {run.directory.path} --fresh"
@@ -193,91 +91,6 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
         files.write(config, to_yaml(run.recipe).encode())
 
 
-def _made_from(stages: Sequence[str], left: Sequence[str], records: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Of these stages, those with a record whose inputs hold what one that is to be done from the start has made before."""
-    return [
-        (stage, before)
-        for stage in stages
-        if stage in records
-        for before in _STAGES[stage].after
-        if before in left and before not in records and before in records[stage]["inputs"]
-    ]
-
-
-def _needed(stages: Sequence[str]) -> list[str]:
-    """These stages and all whose products they read, in order."""
-    wanted = set(stages)
-    for name in reversed(STAGES):
-        if name in wanted:
-            wanted |= set(_STAGES[name].after)
-    return [name for name in STAGES if name in wanted]
-
-
-def _config(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """The part of the configuration that a stage's result depends on."""
-    # A starting checkpoint and a latency table count by their content, among the inputs.
-    elsewhere: dict[str, Any] = {"data": set(NOT_OF_THE_RESULT), "pretrain": {"checkpoint"}, "search": {"latency"}}
-    whole = recipe.model_dump(mode="json", exclude=elsewhere | {"train": {"record_scale_gradients"}})
-    return {key: whole[key] for key in _STAGES[stage].config}
-
-
-def _inputs(run: Run, data: DataSet, stage: str) -> dict[str, str]:
-    """Digests of what a stage reads."""
-    inputs = {"data": data.fingerprint(), "classes": _names(data)}
-    for before in _STAGES[stage].after:
-        product = _STAGES[before].product(run.directory)
-        if product.exists():
-            inputs[before] = files.file_digest(product)
-    key, given = _file_of(run.recipe, stage)
-    if given is not None:
-        if not Path(given).is_file():
-            raise UserError(f"{stage}.{key}={given}: there is no such file")
-        inputs[key] = files.file_digest(Path(given))
-    return inputs
-
-
-def _file_of(recipe: Recipe, stage: str) -> tuple[str, str | None]:
-    """The key of a stage's part that names a file, and the file."""
-    named = {"pretrain": ("checkpoint", recipe.pretrain.checkpoint), "search": ("latency", recipe.search.latency)}
-    return named.get(stage, ("", None))
-
-
-def _names(data: DataSet) -> str:
-    """A digest of the names of the classes, which checkpoints and artifacts hold."""
-    return files.digest(files.canonical_json(list(data.classes)).encode())
-
-
-def _other_file(recipe: Recipe, stage: str, record: Mapping[str, Any]) -> list[str]:
-    """How the file that a stage's part names differs from the one that the stage was made from, in one entry or none."""
-    key, given = _file_of(recipe, stage)
-    before = record["inputs"].get(key)
-    if given is None:
-        return [] if before is None else [f"{stage}.{key} was a file, is none"]
-    other = Path(given).is_file() and before != files.file_digest(Path(given))
-    return [f"{stage}.{key} was another file, or none"] if other else []
-
-
-def _check_same(run: Run, data: DataSet, stage: str, records: Mapping[str, Any]) -> None:
-    """Refuse where a stage, done or begun, was made from something else than is asked for now."""
-    record = records.get(stage)
-    if record is None:
-        return
-    found = changes(record["config"], _config(run.recipe, stage))
-    if record["inputs"]["data"] != data.fingerprint():
-        found.append("the data are others")
-    if record["inputs"].get("classes", _names(data)) != _names(data):
-        found.append("the classes have other names")
-    found += _other_file(run.recipe, stage, record)
-    again = f"bitswitch {stage} {run.typed} --out {run.directory.path} --fresh does it again, with the same overrides"
-    _refuse(run.directory, stage, found, f"{again}; or use another --out")
-
-
-def _refuse(directory: RunDirectory, stage: str, found: Sequence[str], advice: str) -> None:
-    """Where differences were found between what a stage was made from and what is asked for."""
-    if found:
-        raise UserError(f"{directory.path} holds a {stage} stage made otherwise ({'; '.join(found)}): {advice}")
-
-
 def _is_done(run: Run, stage: str, record: Mapping[str, Any] | None) -> bool:
     if record is None or not record["done"]:
         return False
@@ -293,7 +106,7 @@ def _do(run: Run, data: DataSet, stage: str) -> None:
         return
     seed_all(run.recipe.seed)
     try:
-        result, outputs = _STAGES[stage].work(run, data)
+        result, outputs = BY_NAME[stage].work(run, data)
     except ValueError as error:
         # torch's own words, of a batch normalization that has one number to take the statistics of.
         if "more than 1 value per channel" not in str(error):
@@ -350,7 +163,7 @@ def _less_memory(recipe: Recipe, stage: str) -> str:
 def _begin(run: Run, data: DataSet, stage: str) -> dict[str, Any] | None:
     """Note that a stage is begun, and return its record; None where it is done."""
     record = run.directory.records().get(stage)
-    inputs = _inputs(run, data, stage)
+    inputs = inputs_of(run, data, stage)
     if record is not None and "classes" not in record["inputs"]:
         # Of an earlier version.
         del inputs["classes"]
@@ -369,6 +182,6 @@ def _begin(run: Run, data: DataSet, stage: str) -> dict[str, Any] | None:
                 raise UserError(f"{run.directory.path / name} was changed since it was made: do {stage} --fresh")
         run.reporter.note(f"{stage}: done before, skipped")
         return None
-    begun = {"done": False, "config": _config(run.recipe, stage), "inputs": inputs, "outputs": {}, "result": None}
+    begun = {"done": False, "config": config_of(run.recipe, stage), "inputs": inputs, "outputs": {}, "result": None}
     run.directory.record(stage, begun)
     return begun
