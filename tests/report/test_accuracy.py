@@ -136,6 +136,29 @@ def test_a_long_schedule_is_held_against_trainings_of_as_many_epochs():
     assert f"| {OURS}-twice-as-long |" in decided and "| paper |" in decided
 
 
+def test_a_way_of_several_lengths_is_shown_at_the_end_of_each_for_the_seeds_that_all_have():
+    def of(variant, seed, top1, epochs, *changed, bits=(8, 2)):
+        run = training(variant, seed, top1=top1, drop=1.0, epochs=epochs, bits=bits)
+        return {**run, "changed": ["train.lr=1", *changed], "overrides": ["train.forwards=1"]}
+
+    runs = [
+        of("a", 0, 80.0, 2),
+        of("a-twice-as-long", 0, 81.0, 4, "train.epochs=4"),
+        of("a-twice-as-long", 1, 99.0, 4, "train.epochs=4"),
+        of("a-half", 0, 70.0, 2, "train.batch_size=2"),
+        # Of another list of widths, and of another way, whose lengths no seed has both of.
+        of("a-432", 0, 75.0, 8, bits=(4, 3, 2)),
+        of("b", 0, 75.0, 2, "train.eta=2"),
+        of("b", 1, 75.0, 4, "train.eta=2"),
+    ]
+    (found,) = (one for one in accuracy_tables(runs) if one.startswith("**Whole schedules"))
+    assert "bits 8, 2:" in found
+    assert [line for line in found.splitlines() if line.startswith(("| a", "| b"))] == [
+        "| a | 2 | 1 | 0 | 80.00 | 80.00 |",
+        "| a | 4 | 2 | 0 | 81.00 | 81.00 |",
+    ]
+
+
 def test_every_row_that_others_are_held_against_is_of_a_training_in_the_queue():
     bases = {f"{schedule}-{name}-seed0" for schedule, held in _HELD_AGAINST.items() for _, name in held}
     assert bases <= set(accuracy.QUEUE)

@@ -56,10 +56,11 @@ def accuracy_tables(results: Sequence[_Result]) -> list[str]:
         where = f"{schedule}, {epochs} epochs, bits {', '.join(map(str, bits))}"
         for split in dict.fromkeys(split for one in group for score in one["final"].values() for split in score):
             tables.append(_final_table(f"{where}: on {split}", variants, bits, split))
-        tables += _worth_tables(f"{where}: points above another row", schedule, variants, bits)
+        alike = "passes over the images" if schedule == "long" else "forwards"
+        tables += _worth_tables(f"{where}: points above another row of as many {alike}", schedule, variants, bits)
         tables.append(_curve_table(f"{where}: top-1 % on val after each epoch", variants))
         tables.append(_scale_table(f"{where}: scales and gradients, first epoch → last", variants))
-    return tables
+    return tables + _length_tables([one for one in results if one["schedule"] != "float"])
 
 
 def by_widths(results: Sequence[_Result]) -> dict[tuple[str, tuple[int, ...]], list[_Result]]:
@@ -190,6 +191,42 @@ def stored_bytes(run: _Result) -> int:
     """What a training leaves to be stored: an artifact, or a rival's weights."""
     # Older files name what an artifact has, and none of them is of a training without one.
     return int(run.get("stored_bytes") or run["artifact_bytes"])
+
+
+def _length_tables(results: Sequence[_Result]) -> list[str]:
+    """For every list of widths: ways of training at the end of schedules of several lengths, if there are any.
+
+    What a schedule has after some of its epochs does not tell what a shorter one ends with: the rate has not fallen there.
+    """
+    ways = grouped(
+        results,
+        lambda one: (tuple(one["bits"]), tuple(w for w in one["changed"] if not w.startswith("train.epochs="))),
+    )
+    found: dict[tuple[int, ...], list[tuple[list[str], list[_Result]]]] = {}
+    for (bits, _), runs in ways.items():
+        lengths = {
+            epochs: {run["seeds"][0]: run for run in some}
+            for epochs, some in grouped(runs, lambda one: int(one["epochs"])).items()
+        }
+        seeds = sorted(set.intersection(*(set(some) for some in lengths.values())))
+        if len(lengths) < 2 or not seeds:
+            continue
+        name = runs[0]["variant"].removesuffix("-twice-as-long")
+        for epochs, some in sorted(lengths.items()):
+            own = [some[seed] for seed in seeds]
+            scores = (mean([run["final"][str(width)]["val"]["top1"] for run in own]) for width in bits)
+            row = [name, str(epochs), f"{cost(own[0]):.3g}", ", ".join(map(str, seeds)), *scores]
+            found.setdefault(bits, []).append((row, own))
+    return [
+        table(
+            f"Whole schedules of several lengths, bits {', '.join(map(str, bits))}: top-1 % on val after the last epoch, of "
+            "the seeds that every length of a way has",
+            ["variant", "epochs", "forwards, in epochs of all widths", "seeds", *(f"{width} bits" for width in bits)],
+            [row for row, _ in rows],
+            [run for _, some in rows for run in some],
+        )
+        for bits, rows in sorted(found.items(), reverse=True)
+    ]
 
 
 def _curve_table(title: str, variants: Sequence[Sequence[_Result]]) -> str:

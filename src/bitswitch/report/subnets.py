@@ -59,7 +59,9 @@ def subnet_tables(results: Sequence[_Result]) -> list[str]:
         splits = ", ".join(dict.fromkeys(one["split"] for one in runs))
         tables += [
             _reached_table(f"SubNets after {joint}: top-1 % on {splits} at average bits", ways),
-            _rank_table("Rank correlation of damage and top-1 among random SubNets, at average bits", ways),
+            _rank_table(
+                f"SubNets after {joint}: rank correlation of damage and top-1 among random ones, at average bits", ways
+            ),
             _widths_table(f"SubNets after {joint}: widths, a digit for each layer in the order of the network", ways),
         ]
     return tables
