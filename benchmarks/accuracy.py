@@ -85,7 +85,6 @@ WITHOUT = {
     "raw-alrs-off": ("train.scale_form=raw", "train.scale_lr=5e-4", "train.alrs=off"),
     "raw-eta-paper": ("train.scale_form=raw", "train.scale_lr=5e-4", "train.eta=paper"),
     "accumulate": ("train.order=accumulate",),
-    "ascending": ("train.order=ascending",),
     "kd-highest": ("train.distillation.teacher=highest",),
     "per-width": ("train.method=per_width",),
     "lsq": ("train.method=lsq",),

@@ -162,14 +162,6 @@ class NothingReadOnTheHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_ascending_steps_begin_at_the_lowest_width(quantized, images):
-    stepped = []
-    objective = JointObjective(quantized, MultiPrecisionOptimizer(quantized), "ascending", on_gradients=stepped.append)
-    losses = objective.step(images, LABELS, 1.0)
-    assert stepped == [2, 4, 6, 8]
-    assert losses.argmax() == 3
-
-
 @pytest.mark.parametrize(
     "options", [{}, {"order": "accumulate"}, {"distillation": Distillation(teacher="highest")},
                 {"engine": Engine(micro_batches=2)}, {"engine": Engine(precision="bfloat16")}], ids=str

@@ -111,7 +111,7 @@ class QuantizedPart(EnginePart):
     lr: float = Field(5e-4, gt=0, le=1e30)
     scale_lr: float | None = Field(None, gt=0, le=1e30)
     weight_decay: float = Field(5e-5, ge=0, le=1e30)
-    order: Literal["each", "ascending", "accumulate"] = "each"
+    order: Literal["each", "accumulate"] = "each"
     alrs: Literal["relative", "printed", "off"] = "relative"
     eta: Literal["paper"] | float | dict[int, float] = 1.0
     clip: float = Field(1.0, gt=0)

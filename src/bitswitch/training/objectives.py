@@ -15,7 +15,7 @@ from bitswitch.training.engine import Engine
 from bitswitch.training.optimizer import MultiPrecisionOptimizer
 from bitswitch.training.sampler import AssignmentSampler, WidthSampler
 
-Order = Literal["each", "ascending", "accumulate"]
+Order = Literal["each", "accumulate"]
 
 
 class Objective(Protocol):
@@ -90,8 +90,8 @@ class JointObjective:
     Args:
         model: made by `bitswitch.quantize`.
         optimizer: for the same model.
-        order: "each" steps after every width's backward, the highest first (the paper); "ascending" does so from
-            the lowest; "accumulate" sums the gradients of all widths and steps once (the conventional way).
+        order: "each" steps after every width's backward (the paper); "accumulate" sums the gradients of all widths and
+            steps once (the conventional way).
         distillation: who teaches.
         teacher: the float network, in eval mode, where distillation says "float".
         engine: how to compute.
@@ -131,8 +131,6 @@ class JointObjective:
         parts = list(self.engine.parts(x, y))
         visits: list[tuple[int | None, int | Assignment]]
         visits = [(w, w) for w in self.optimizer.widths] if self.sampler is None else [*self.sampler.draw(number)]
-        if self.order == "ascending":
-            visits.reverse()
         taught = self._float_logits(parts)
         losses = []
         for i, (width, precision) in enumerate(visits):
@@ -144,12 +142,10 @@ class JointObjective:
             losses.append(loss)
             if first_teaches and uniform == self.optimizer.widths[0]:
                 taught = logits
-            if self.order != "accumulate":
+            if self.order == "each":
                 self._step(width, (width,), mixed=uniform != width)
         if self.order == "accumulate":
             self._step(None, tuple(width for width, _ in visits))
-        if self.order == "ascending":
-            losses.reverse()
         return torch.stack(losses)
 
     @torch.no_grad()
