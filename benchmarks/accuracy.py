@@ -128,7 +128,8 @@ _SCREENED = (
     *(OURS, *(f"{OURS}-{name}" for name in WITHOUT)),
 )
 _DECIDED = (
-    *("paper", "lsq", "ours", OURS + TWICE),
+    # The last of them as many epochs as the rivals, each at every width.
+    *("paper", "lsq", "ours", OURS + TWICE, ALL),
     *(f"{OURS}-{name}{TWICE}" for name in ("centred", "hot", "per-channel", "lsq")),
     *("paper-432", "lsq-432", f"{ALL}-432", f"{ALL}-hot-432", f"{OURS}-hot-432"),
     *("lsq-8-alone", "lsq-4-alone", "lsq-2-alone", "adabits", "bit-mixer"),
