@@ -25,11 +25,12 @@ _QUANTITIES = {
 # The last epoch alone is a matter of luck; the mean of so many of them is less so.
 _LASTING = 4
 OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
+TWICE = "-twice-as-long"
 # What is held against what: in a schedule, variants whose name begins so, against the first of these that cost as much.
 _HELD_AGAINST = {
-    "screen": ((OURS, OURS), (OURS, f"{OURS}-twice-as-long"), ("", "ours")),
+    "screen": ((OURS, OURS), (OURS, OURS + TWICE), ("", "ours")),
     "decide": (
-        (OURS, f"{OURS}-twice-as-long"),
+        (OURS, OURS + TWICE),
         ("kd-float-alone-scale", f"{OURS}-hot-432"),
         *(("", "paper"), ("", "paper-432")),
     ),
@@ -211,7 +212,7 @@ def _length_tables(results: Sequence[_Result]) -> list[str]:
         seeds = sorted(set.intersection(*(set(some) for some in lengths.values())))
         if len(lengths) < 2 or not seeds:
             continue
-        name = runs[0]["variant"].removesuffix("-twice-as-long")
+        name = runs[0]["variant"].removesuffix(TWICE)
         for epochs, some in sorted(lengths.items()):
             own = [some[seed] for seed in seeds]
             scores = (mean([run["final"][str(width)]["val"]["top1"] for run in own]) for width in bits)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitswitch.report.accuracy import OURS, stored_bytes
+from bitswitch.report.accuracy import OURS, TWICE, stored_bytes
 from bitswitch.report.markdown import difference, grouped, table
 
 _Result = Mapping[str, Any]
@@ -15,13 +15,13 @@ _SELF, _PAPER, _LSQ = "bitswitch", "the paper's recipe", "LSQ jointly, float wei
 _LSQ_TAUGHT = "LSQ jointly, trained as bitswitch's row is"
 _ALONE = "LSQ, a network for each width, float weights kept"
 LABELS = {
-    f"{OURS}-twice-as-long": _SELF,
+    OURS + TWICE: _SELF,
     f"{OURS}-hot-432": _SELF,
     "paper": _PAPER,
     "paper-432": _PAPER,
     "lsq": _LSQ,
     "lsq-432": _LSQ,
-    f"{OURS}-lsq-twice-as-long": _LSQ_TAUGHT,
+    f"{OURS}-lsq{TWICE}": _LSQ_TAUGHT,
     **{f"lsq-{bits}-alone": _ALONE for bits in (8, 4, 2)},
 }
 
