@@ -28,17 +28,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     places = accuracy.Places(options.data, None, options.work, options.results)
-    rows, drawn, splits, seeds = [], {}, [], []
+    rows, drawn, images, splits, seeds = [], {}, [], [], []
     for job in options.jobs:
         known, artifact = mixed.done(job, places)
         some, drawn[job] = _rows(job, known, artifact, str(options.data))
         rows += some
+        images.append(known["data"])
         splits.append(known["split"])
         seeds += known["seeds"]
     result.write(
         options.json,
         title="Random SubNets of the two widths next to the average: top-1 %, and bits of a weight",
-        data=accuracy.DATA,
+        data=", ".join(dict.fromkeys(images)),
         split=", ".join(dict.fromkeys(splits)),
         seeds=sorted(set(seeds)),
         note=f"{mixed.RANDOM} random SubNets each, mean ± standard deviation; those of all widths and the traces' are of "

@@ -51,7 +51,7 @@ def main() -> None:
         result.write(
             path,
             title=f"What chooses SubNets: {job}",
-            data=accuracy.DATA,
+            data=known["data"],
             split=f"val chooses, {known['split']} scores",
             seeds=known["seeds"],
             command=f"python benchmarks/choosers.py {job} --data CIFAR_FOLDER",

@@ -51,7 +51,7 @@ def main() -> None:
     result.write(
         options.out,
         title="A dequantization scale of its own for each width: top-1 % on val with such a factor",
-        data=accuracy.DATA,
+        data=accuracy.label(data.fingerprint()),
         split="val",
         seeds=[header.provenance["seed"]],
         columns=["factor", *(f"{b} bits" for b in header.widths), *(f"others at {b}" for b in header.widths)],

@@ -101,7 +101,7 @@ def do(job: str, places: accuracy.Places) -> None:
     result.write(
         path,
         title=f"SubNets: {way}, {epochs} epochs after {joint}",
-        data=accuracy.DATA,
+        data=before["data"],
         split=split,
         seeds=[seed],
         command=f"python benchmarks/mixed.py {job} --data CIFAR_FOLDER",

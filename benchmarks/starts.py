@@ -91,7 +91,7 @@ def main() -> None:
     result.write(
         options.out,
         title="Before any training: the start of the shared weight scale, top-1 % on val, and E of the weights",
-        data=accuracy.DATA,
+        data=accuracy.label(data.fingerprint()),
         split="val",
         columns=["narrowing", "least", *(f"{b} bits" for b in widths), *(f"E at {b}" for b in widths)],
         rows=rows,

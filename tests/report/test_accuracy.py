@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,8 @@ from bitswitch.models.weights import read_weights
 from bitswitch.report import update
 from bitswitch.report.accuracy import _HELD_AGAINST, OURS, accuracy_tables
 from report.trainings import training
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_seeds_become_their_mean_and_spread_and_the_best_comes_first():
@@ -272,3 +275,10 @@ def test_jobs_from_the_float_network_to_the_document(places, capsys, tmp_path):
         accuracy.do(job, places)
     assert capsys.readouterr().out.count("nothing to do") == 3
     assert {path: path.stat().st_mtime_ns for path in places.results.iterdir()} == stamps
+
+
+def test_images_on_record_are_called_what_they_are_and_others_are_not():
+    records = [json.loads(path.read_text()) for path in (ROOT / "results" / "cifar10").glob("*.json")]
+    digests = {record["data_sha256"]: record["data"] for record in records if "data_sha256" in record}
+    assert digests == {accuracy.JPEG: accuracy.label(accuracy.JPEG)} and "JPEG" in accuracy.label(accuracy.JPEG)
+    assert "JPEG" not in accuracy.label(64 * "0")
