@@ -3,11 +3,10 @@
 from bitswitch.pipeline.execute import execute
 from bitswitch.pipeline.origins import artifact_of
 from bitswitch.pipeline.run import Reporter, Run, choose_device, open_data
-from bitswitch.pipeline.stages import STAGES, stages_of
+from bitswitch.pipeline.stages import stages_of
 from bitswitch.pipeline.training import joint_objective
 
 __all__ = [
-    "STAGES",
     "Reporter",
     "Run",
     "artifact_of",

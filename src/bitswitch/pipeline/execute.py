@@ -14,7 +14,7 @@ from bitswitch.errors import UserError
 from bitswitch.pipeline import checks, subnets
 from bitswitch.pipeline.origins import check_same, config_of, inputs_of, made_from
 from bitswitch.pipeline.run import Run, open_data, shown_by
-from bitswitch.pipeline.stages import BY_NAME, STAGES, needed, stages_of
+from bitswitch.pipeline.stages import STAGES, needed, stages_of
 from bitswitch.training.distributed import barrier, from_first
 from bitswitch.training.loop import seed_all
 
@@ -54,7 +54,7 @@ def _prepare(run: Run, data: DataSet, stages: Sequence[str], fresh: bool) -> Non
         raise UserError(
             f"{run.directory.path} holds {strangers[0]} but no record of a run (stages.json): use an empty or new --out"
         )
-    checks.check_parts(run, {stage: BY_NAME[stage].part for stage in stages})
+    checks.check_parts(run, {stage: STAGES[stage].part for stage in stages})
     from_the_start = fresh and tuple(stages) == stages_of(run.recipe)
     forgotten = STAGES if from_the_start else stages if fresh else ()
     # Records that are damaged are not read where all are forgotten.
@@ -106,7 +106,7 @@ def _do(run: Run, data: DataSet, stage: str) -> None:
         return
     seed_all(run.recipe.seed)
     try:
-        result, outputs = BY_NAME[stage].work(run, data)
+        result, outputs = STAGES[stage].work(run, data)
     except ValueError as error:
         # torch's own words, of a batch normalization that has one number to take the statistics of.
         if "more than 1 value per channel" not in str(error):

@@ -9,7 +9,7 @@ from bitswitch.config import Recipe
 from bitswitch.data import DataSet
 from bitswitch.errors import UserError
 from bitswitch.pipeline.run import NOT_OF_THE_RESULT, Run
-from bitswitch.pipeline.stages import BY_NAME, needed, stages_of
+from bitswitch.pipeline.stages import STAGES, needed, stages_of
 from bitswitch.rundir import RunDirectory, changes
 
 
@@ -18,14 +18,14 @@ def config_of(recipe: Recipe, stage: str) -> dict[str, Any]:
     # A starting checkpoint and a latency table count by their content, among the inputs.
     elsewhere: dict[str, Any] = {"data": set(NOT_OF_THE_RESULT), "pretrain": {"checkpoint"}, "search": {"latency"}}
     whole = recipe.model_dump(mode="json", exclude=elsewhere | {"train": {"record_scale_gradients"}})
-    return {key: whole[key] for key in BY_NAME[stage].config}
+    return {key: whole[key] for key in STAGES[stage].config}
 
 
 def inputs_of(run: Run, data: DataSet, stage: str) -> dict[str, str]:
     """Digests of what a stage reads."""
     inputs = {"data": data.fingerprint(), "classes": _names(data)}
-    for before in BY_NAME[stage].after:
-        product = BY_NAME[before].product(run.directory)
+    for before in STAGES[stage].after:
+        product = STAGES[before].product(run.directory)
         if product.exists():
             inputs[before] = files.file_digest(product)
     key, given = _file_of(run.recipe, stage)
@@ -84,7 +84,7 @@ def made_from(stages: Sequence[str], left: Sequence[str], records: Mapping[str, 
         (stage, before)
         for stage in stages
         if stage in records
-        for before in BY_NAME[stage].after
+        for before in STAGES[stage].after
         if before in left and before not in records and before in records[stage]["inputs"]
     ]
 
@@ -107,8 +107,8 @@ def artifact_of(recipe: Recipe, directory: RunDirectory, typed: str) -> Path:
                 record = records.get(one, {"done": False})
                 found = changes(record["config"], config_of(recipe, one)) if record["done"] else ["it is not done"]
                 found += _other_file(recipe, one, record) if record["done"] else []
-                for before in BY_NAME[one].after if record["done"] else ():
-                    product = BY_NAME[before].product(directory)
+                for before in STAGES[one].after if record["done"] else ():
+                    product = STAGES[before].product(directory)
                     if product.is_file() and record["inputs"].get(before) != files.file_digest(product):
                         found.append(f"{before} was done again since")
                 advice = "say the overrides that it was made with, do it again, or use another --out"

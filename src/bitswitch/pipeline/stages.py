@@ -35,7 +35,7 @@ def _checkpoint(stage: str) -> Callable[[RunDirectory], Path]:
     return lambda directory: directory.checkpoint(stage)
 
 
-BY_NAME = {
+STAGES = {
     "pretrain": Stage(
         work=training.pretrain,
         config=("seed", "model", "data", "pretrain"),
@@ -73,13 +73,12 @@ BY_NAME = {
         part="supernet",
     ),
 }
-STAGES = tuple(BY_NAME)
 
 
 def stages_of(recipe: Recipe) -> tuple[str, ...]:
     """The stages that a recipe asks for: those of mixed precision where it has a supernet part and is no rival's."""
     mixed = recipe.supernet is not None and recipe.train.method == "double_rounding"
-    return STAGES if mixed else ("pretrain", "train")
+    return tuple(STAGES) if mixed else ("pretrain", "train")
 
 
 def needed(stages: Iterable[str]) -> list[str]:
@@ -87,5 +86,5 @@ def needed(stages: Iterable[str]) -> list[str]:
     wanted = set(stages)
     for name in reversed(STAGES):
         if name in wanted:
-            wanted |= set(BY_NAME[name].after)
+            wanted |= set(STAGES[name].after)
     return [name for name in STAGES if name in wanted]
