@@ -1,10 +1,13 @@
 """Commands in this process, for the tests of several rooms."""
 
+import contextlib
+import signal
 from pathlib import Path
 
 import pytest
 
 from bitswitch import cli
+from bitswitch.cli.console import TerminalReporter
 
 
 def run_digits(out: Path, *words: str) -> Path:
@@ -18,8 +21,13 @@ def run_digits(out: Path, *words: str) -> Path:
 def call(capsys, *words):
     """(exit status, stdout, stderr) of a command."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(word) for word in words])
+    # An interrupted command ignores what comes after, which the tests' own process is not to.
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(word) for word in words])
+    finally:
+        signal.signal(signal.SIGINT, handler)
     out, err = capsys.readouterr()
     return stop.value.code, out, err
 
@@ -32,3 +40,16 @@ def one_line(result, *words):
     assert last.startswith("bitswitch: ") and all("skipped" in note or "taken up" in note for note in notes), err
     for word in words:
         assert word in last, err
+
+
+def steps_shown(monkeypatch):
+    """A list that gets (what a progress bar is of, its steps) for every step that is shown from now on."""
+    steps, real = [], TerminalReporter.progress
+
+    @contextlib.contextmanager
+    def progress(self, stage, count, done):
+        with real(self, stage, count, done) as advance:
+            yield lambda text: (steps.append((stage, count)), advance(text))[1]
+
+    monkeypatch.setattr(TerminalReporter, "progress", progress)
+    return steps

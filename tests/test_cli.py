@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from bitswitch.models import build
 from bitswitch.pipeline.origins import config_of
 from bitswitch.rundir import RunDirectory
 from bitswitch.version import __version__
-from commands import call, one_line, run_digits
+from commands import call, one_line, run_digits, steps_shown
 
 SHORT = ["pretrain.epochs=2", "train.epochs=1", "supernet=null"]
 
@@ -490,6 +492,15 @@ def test_a_reader_of_images_that_was_killed_is_no_fault_of_ours(capsys, monkeypa
     one_line(call(capsys, "run", "digits", "--out", tmp_path / "x"), "give more, or use fewer with data.workers")
 
 
+def test_the_pass_over_test_shows_how_far_it_is(capsys, copied, monkeypatch):
+    steps = steps_shown(monkeypatch)
+    monkeypatch.setattr("bitswitch.pipeline.running._EVALUATION_BATCH", 50)
+    assert call(capsys, "train", "digits", *SHORT, "--out", copied, "--fresh")[0] == 0
+    (result,) = (json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()[-1:])
+    batches = math.ceil(result["images"] / 50)
+    assert batches > 2 and [one for one in steps if one[0] == "test"] == [("test", batches)] * batches
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -514,6 +525,19 @@ def test_interruption_exits_130(capsys, monkeypatch, tmp_path, words, told):
     monkeypatch.chdir(tmp_path)
     status, _, err = call(capsys, *words)
     assert status == 130 and err == told
+
+
+def test_an_interruption_of_the_interruption_changes_nothing(capsys, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def told(text):
+        os.kill(os.getpid(), signal.SIGINT)
+        print(text, file=sys.stderr)
+
+    monkeypatch.setattr("bitswitch.cli.program.recipe_names", interrupt)
+    monkeypatch.setattr("bitswitch.cli.program.errors", SimpleNamespace(print=told))
+    assert call(capsys, "recipes") == (130, "", "interrupted\n")
 
 
 @pytest.mark.parametrize(

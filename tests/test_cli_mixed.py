@@ -1,6 +1,5 @@
 """The commands of mixed precision, on digits."""
 
-import contextlib
 import ctypes
 import itertools
 import json
@@ -19,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import bitswitch as bs
 from bitswitch import artifact
 from bitswitch.artifact import read_header
-from bitswitch.cli.console import TerminalReporter, stdout_kept_clean
+from bitswitch.cli.console import stdout_kept_clean
 from bitswitch.data import load_data
 from bitswitch.errors import UserError
 from bitswitch.evaluation import assignments_named
@@ -29,7 +28,7 @@ from bitswitch.rundir import RunDirectory
 from bitswitch.runtime import Session
 from bitswitch.runtime.packing import unpacked
 from bitswitch.training import evaluate
-from commands import call, one_line, run_digits
+from commands import call, one_line, run_digits, steps_shown
 
 SHORT = [
     *("pretrain.epochs=3", "train.epochs=2", "supernet.epochs=2"),
@@ -533,20 +532,14 @@ def test_a_search_scores_fewer_at_once_where_memory_is_short(capsys, copied, mon
 
 
 def test_a_search_scores_as_many_images_as_it_is_told_and_shows_how_far_it_is(capsys, copied, monkeypatch):
-    seen, steps, real = [], [], TerminalReporter.progress
+    seen, steps = [], steps_shown(monkeypatch)
 
     def counted(model, batches, *args, **kwargs):
         found = evaluate(model, batches, *args, **kwargs)
         seen.append(found[0].images)
         return found
 
-    @contextlib.contextmanager
-    def progress(self, stage, count, done):
-        with real(self, stage, count, done) as advance:
-            yield lambda text: (steps.append((stage, count)), advance(text))[1]
-
     monkeypatch.setattr("bitswitch.pipeline.subnets.evaluate", counted)
-    monkeypatch.setattr(TerminalReporter, "progress", progress)
     words = ["search.val_images=100", "search.damage=accuracy", "search.points=2"]
     assert call(capsys, "search", "digits", *SHORT, *words, "--out", copied, "--fresh")[0] == 0
     layers = len(choices(copied)[0]["assignment"])

@@ -1,6 +1,7 @@
 """A training loop with what a user follows it by: progress, scores, metrics."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from bitswitch.config import PretrainPart, QuantizedPart
-from bitswitch.data import DataSet
-from bitswitch.pipeline.run import Run
+from bitswitch.data import DataSet, Shown, unseen
+from bitswitch.pipeline.run import Run, shown_by
 from bitswitch.training import Loop, Objective, ScaleGradients, evaluate, load_checkpoint
 from bitswitch.training.evaluate import PrecisionChoice, with_less_at_once
 from bitswitch.training.loop import Batches
@@ -117,7 +118,12 @@ def _summary(
 
 
 def scores_on(
-    run: Run, model: nn.Module, data: DataSet, split: str, precisions: Sequence[PrecisionChoice]
+    run: Run,
+    model: nn.Module,
+    data: DataSet,
+    split: str,
+    precisions: Sequence[PrecisionChoice],
+    shown: Shown = unseen,
 ) -> list[dict[str, Any]]:
     """Scores on a split as plain values, the images shared among the ranks."""
 
@@ -125,7 +131,9 @@ def scores_on(
         batches = data.evaluation_batches(
             split, batch_size=images, device=run.device, rank=run.world.rank, world=run.world.size
         )
-        return [dataclasses.asdict(score) for score in evaluate(model, batches, precisions, world=run.world)]
+        # The first rank, which shows it, has the most.
+        own = shown(split, batches, math.ceil(data.size(split) / images / run.world.size))
+        return [dataclasses.asdict(score) for score in evaluate(model, own, precisions, world=run.world)]
 
     return with_less_at_once(score, _EVALUATION_BATCH, run.device, run.world)
 
@@ -134,7 +142,7 @@ def final_scores(
     run: Run, data: DataSet, stage: str, model: nn.Module, precisions: Sequence[PrecisionChoice]
 ) -> list[dict[str, Any]]:
     """Scores on `test` at the end of a stage, written to the metrics."""
-    scores = scores_on(run, model, data, "test", precisions)
+    scores = scores_on(run, model, data, "test", precisions, shown_by(run.reporter))
     if run.world.first:
         pairs = zip(precisions, scores, strict=True)
         rows = [{"stage": stage, "epoch": None, **named(one), "split": "test"} | score for one, score in pairs]
