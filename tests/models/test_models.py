@@ -69,6 +69,15 @@ def test_a_module_that_ends_the_program_is_told(tmp_path, monkeypatch):
         build("ends_when_called:net")
 
 
+def test_published_weights_for_other_classes_are_told_what_to_do():
+    with pytest.raises(
+        UserError, match=r"expected value 1000 but got 2.*model\.args=\{\} with pretrain\.epochs.*function of yours"
+    ):
+        build("resnet18", {"weights": "IMAGENET1K_V1", "num_classes": 2})
+    with pytest.raises(UserError, match=r"^((?!model\.args).)*$"):
+        build("resnet18", {"weights": "OTHER"})
+
+
 def test_a_function_that_fails_is_named_whatever_it_raises(tmp_path, monkeypatch):
     (tmp_path / "half_done.py").write_text("def net(): import timm_of_another_name\ndef other(): return undefined\n")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -66,8 +66,8 @@ def export_onnx(
             it ends in floats, and runs in floats in most runtimes.
 
     Raises:
-        UserError: an extra is not installed; the network cannot be exported; the file does not compute what the model does,
-            or cannot be written.
+        UserError: the extra `runtime` is not installed; the network cannot be exported; the file does not compute what the
+            model does, or cannot be written.
     """
     check_word("weights", weights, get_args(Weights))
     model = unwrapped(model)

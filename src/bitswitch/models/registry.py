@@ -61,6 +61,11 @@ def build(name: str, args: Mapping[str, Any] | None = None) -> nn.Module:
             raise
         # Whatever the user's function does.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if args.get("weights") is not None and "num_classes" in reason:
+            reason += (
+                " Published weights are for their own classes: model.args={} with pretrain.epochs trains without them; a "
+                "function of yours, model.name=package.module:function, can give them another last layer"
+            )
         raise UserError(f"network {name!r} cannot be built with the arguments {args}: {reason}") from error
     hint = nearest(name, _OWN + torchvision.models.list_models())
     raise UserError(f"no network is named {name!r}{hint}; your own is named package.module:function")
