@@ -100,6 +100,18 @@ def test_differences_are_paired_by_seed_and_bold_where_the_interval_leaves_0_out
     assert longer.count("| bitswitch, 2 epochs |") == 2
 
 
+def test_a_way_with_every_width_in_every_step_has_a_row_and_is_not_what_was_decided():
+    every = next(variant for variant, label in LABELS.items() if "every width" in label)
+    known = [*runs(OURS, 1.0, 1.0, 1.0), *runs("paper", 3.0, 3.0, 3.0), *runs("paper", 2.0, 2.0, 2.0, schedule="long")]
+    more = [*known, *runs(every, 1.5, 1.5, 1.5)]
+    (table,) = headline(more)
+    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert rows[2:5] == ["| float", "| bitswitch", "| bitswitch, every width in every step"]
+    assert [table.splitlines()[2:-2] for table in differences(more)] == [
+        table.splitlines()[2:-2] for table in differences(known)
+    ]
+
+
 def test_what_joint_lsq_gains_by_our_training_is_told_too():
     taught = next(variant for variant, label in LABELS.items() if "trained as" in label)
     known = [*runs(OURS, 1.0, 1.0, 1.0), *runs("lsq", 3.0, 3.0, 3.0), *runs(taught, 2.0, 2.0, 2.0)]

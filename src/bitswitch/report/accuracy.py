@@ -25,13 +25,15 @@ _QUANTITIES = {
 # The last epoch alone is a matter of luck; the mean of so many of them is less so.
 _LASTING = 4
 OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
+# Every width in every step.
+ALL = "kd-float-alone-scale-lr-2e-3"
 TWICE = "-twice-as-long"
 # What is held against what: in a schedule, variants whose name begins so, against the first of these that cost as much.
 _HELD_AGAINST = {
     "screen": ((OURS, OURS), (OURS, OURS + TWICE), ("", "ours")),
     "decide": (
         (OURS, OURS + TWICE),
-        ("kd-float-alone-scale", f"{OURS}-hot-432"),
+        (ALL, f"{OURS}-hot-432"),
         *(("", "paper"), ("", "paper-432")),
     ),
     "long": (("", "paper"),),

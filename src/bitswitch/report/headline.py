@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitswitch.report.accuracy import OURS, TWICE, stored_bytes
+from bitswitch.report.accuracy import ALL, OURS, TWICE, stored_bytes
 from bitswitch.report.markdown import difference, grouped, table
 
 _Result = Mapping[str, Any]
@@ -12,11 +12,14 @@ _Result = Mapping[str, Any]
 _SEEDS = 3
 # What is shown, in this order, and what a reader who does not know our names for it is told.
 _SELF, _PAPER, _LSQ = "bitswitch", "the paper's recipe", "LSQ jointly, float weights kept"
+_EVERY = "bitswitch, every width in every step"
 _LSQ_TAUGHT = "LSQ jointly, trained as bitswitch's row is"
 _ALONE = "LSQ, a network for each width, float weights kept"
 LABELS = {
     OURS + TWICE: _SELF,
     f"{OURS}-hot-432": _SELF,
+    ALL: _EVERY,
+    f"{ALL}-hot-432": _EVERY,
     "paper": _PAPER,
     "paper-432": _PAPER,
     "lsq": _LSQ,
@@ -55,7 +58,7 @@ def headline(results: Sequence[_Result]) -> list[str]:
 
 
 def differences(results: Sequence[_Result]) -> list[str]:
-    """For every list of widths that has been decided: what the rows of `headline` are above others, paired by seed.
+    """For every list of widths that has been decided: what its way is above the other rows of `headline`, paired by seed.
 
     Args:
         results: see `headline`.
@@ -68,7 +71,8 @@ def differences(results: Sequence[_Result]) -> list[str]:
             (one, other)
             for one in ways
             for other in ways
-            if one.startswith(_SELF) and not other.startswith(_SELF) and (one == _SELF or other in longer)
+            if one.startswith(_SELF) and one != _EVERY
+            if not other.startswith(_SELF) and (one == _SELF or other in longer)
         ]
         pairs += [(_LSQ_TAUGHT, _LSQ)] * (_LSQ_TAUGHT in ways and _LSQ in ways)
         rows = [
