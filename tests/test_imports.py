@@ -1,6 +1,7 @@
 """The house: who may import whom, and what loads without torch."""
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -181,3 +182,18 @@ def test_public_names_resolve():
         assert getattr(bitswitch, name) is not None
     with pytest.raises(AttributeError):
         bitswitch.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("missing", "hidden"),
+    [
+        (set(), set()),
+        ({"onnxscript"}, {"export_onnx"}),
+        ({"torch", "onnx"}, set(bitswitch.__all__) - {"__version__"}),
+    ],
+)
+def test_what_is_not_installed_is_not_listed(monkeypatch, missing, hidden):
+    """help() and inspect.getmembers get whatever dir() names."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in missing else real(name))
+    assert set(dir(bitswitch)) == set(bitswitch.__all__) - hidden

@@ -4,6 +4,7 @@ The public names are imported when they are first used, so that `bitswitch.runti
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from bitswitch.version import __version__
@@ -72,4 +73,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    # Without what is not installed: help() and inspect.getmembers get all that is listed, and would raise.
+    lacking = {extra for module, extra in _EXTRAS.items() if importlib.util.find_spec(module) is None}
+    if "train" in lacking:
+        return sorted(set(__all__) - set(_ROOMS))
+    return sorted(set(__all__) - ({"export_onnx"} if "onnx" in lacking else set()))
