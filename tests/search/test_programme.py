@@ -117,10 +117,34 @@ def test_a_budget_just_below_what_can_be_met_is_solved_at_once(monkeypatch):
     picked = []
     pick = Problem._pick
     monkeypatch.setattr(Problem, "_pick", lambda *args: picked.append(pick(*args)) or picked[-1])
-    for budget in (float(np.float32(3.3)), 3.999999, 4 - 4e-9):
+    for budget in (float(np.float32(3.3)), 3.999999, 4 - 4e-9, 4 - 2e-11):
         choice = problem.solve({"bits": budget})
         assert choice.cost["bits"] == pytest.approx(math.floor(budget * 10 + 1e-12) / 10)
-    assert len(picked) <= 5
+    assert len(picked) <= 6
+
+
+@pytest.mark.parametrize("never", [1e4, 1e6, 1e9, 1e30])
+def test_a_cost_far_beyond_the_budget_hides_nothing(monkeypatch, never):
+    """As of what a device cannot do: the choice is the one without that width, found without excluding others."""
+    draw = random.Random(0)
+    layers = [f"layer{i}" for i in range(18)]
+    widths = (8, 6, 4, 2)
+    damage = {name: {w: 10 ** draw.uniform(-3, 1) * 4.0**-w for w in widths} for name in layers}
+    latency = {name: {w: (0.5 + w / 8) * draw.uniform(0.8, 1.2) for w in widths} for name in layers}
+    latency["layer0"][8] = never
+    damage["layer0"][8] = 0.0
+    problem = Problem(damage=damage, costs={"latency": latency})
+    expected = problem.solve({"latency": 18.0}, forbidden=[("layer0", 8)])
+    picked = []
+    pick = Problem._pick
+
+    def counted(*args):
+        picked.append(pick(*args))
+        assert len(picked) < 6
+        return picked[-1]
+
+    monkeypatch.setattr(Problem, "_pick", counted)
+    assert problem.solve({"latency": 18.0}) == expected and expected.cost["latency"] > 17.5
 
 
 def test_a_hair_of_cost_does_not_save_a_beaten_choice():

@@ -15,6 +15,8 @@ from bitswitch.assignment import Assignment
 from bitswitch.errors import UserError, nearest
 
 Table = Mapping[str, Mapping[int, float]]
+# Layers of one width, and that width.
+_Option = tuple[tuple[str, ...], int]
 
 # The solver stops within an absolute gap of 1e-6: damages are scaled so far up that no difference that matters is smaller.
 _GREATEST_DAMAGE = 1e6
@@ -117,6 +119,8 @@ class Problem:
             for width in sorted(set.intersection(*(set(self.damage[layer]) for layer in group)))
             if not any((layer, width) in forbidden for layer in group)
         ]
+        for name, budget in budgets.items():
+            options = _affordable(options, self.costs[name], budget)
         excluded: list[list[int]] = []
         while True:
             picked = self._pick(groups, options, budgets, excluded)
@@ -145,7 +149,7 @@ class Problem:
     def _pick(
         self,
         groups: Sequence[tuple[str, ...]],
-        options: Sequence[tuple[tuple[str, ...], int]],
+        options: Sequence[_Option],
         budgets: Mapping[str, float],
         excluded: Sequence[Sequence[int]],
     ) -> list[int] | None:
@@ -163,7 +167,7 @@ class Problem:
             step = _step(row / unit)
             steps = budget / unit / step if step else 0.0
             # Half a step above the last multiple that is within.
-            whole = math.floor(steps + 10 * _HAIR * abs(steps))
+            whole = math.floor(steps + _HAIR * abs(steps))
             upper.append((whole + 0.5) * step if step else budget / unit + _SLACK)
         for picked in excluded:
             rows.append([float(i in picked) for i in range(len(options))])
@@ -207,6 +211,20 @@ class Problem:
             least, greatest = self.bounds(name)
             parts.append(f"{name} <= {budget:g} (it can be from {least:g} to {greatest:g})")
         return UserError(f"no assignment meets {' and '.join(parts)}" + (" together" if len(parts) > 1 else ""))
+
+
+def _affordable(options: Sequence[_Option], table: Table, budget: float) -> list[_Option]:
+    """The options that some choice within the budget can hold.
+
+    The rest, such as the 1e9 that a latency table has for what a device cannot do, would be the unit of the programme, which
+    then no longer tells what the budget does.
+    """
+    cost = {option: sum(table[layer][option[1]] for layer in option[0]) for option in options}
+    least: dict[tuple[str, ...], float] = {}
+    for (group, _), one in cost.items():
+        least[group] = min(one, least.get(group, math.inf))
+    room = budget - sum(least.values()) + _SLACK * (abs(budget) + sum(map(abs, least.values())))
+    return [option for option in options if cost[option] - least[option[0]] <= room]
 
 
 def _least(damage: np.ndarray, usable: np.ndarray, constraints: LinearConstraint) -> list[int] | None:
