@@ -36,6 +36,7 @@ from bitswitch.data import DataSet, Preprocessing, load_data
 from bitswitch.machine import machine, source_commit
 from bitswitch.models.weights import read_weights
 from bitswitch.pipeline import choose_device
+from bitswitch.report.accuracy import ALL, OURS, TWICE
 from bitswitch.training import load_checkpoint
 
 RECIPE = "cifar10-resnet20"
@@ -62,7 +63,6 @@ class Schedule:
         return (*VARIANTS[variant.removesuffix(TWICE)], *((f"train.epochs={epochs}",) if longer else ()))
 
 
-TWICE = "-twice-as-long"
 PAPER = ("train.scale_form=raw", "train.alrs=printed", "train.eta=paper")
 RIVALS = ("lsq", "adabits", "bit_mixer", "per_width")
 TAUGHT = ("train.distillation.teacher=float",)
@@ -104,7 +104,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 # The first screens of a teacher had half of the loss from it; then all of it proved the better.
 _HALF = "kd-float-drawn-2-scale-lr-2e-3"
-OURS = "kd-float-alone-drawn-2-scale-lr-2e-3"
 SCHEDULES = {
     "glance": Schedule(1, ("val",)),
     "screen": Schedule(5, ("val",)),
@@ -114,8 +113,6 @@ SCHEDULES = {
 }
 VARIANTS |= {OURS: TAUGHT_ALONE}
 VARIANTS |= {f"{OURS}-{name}": (*TAUGHT_ALONE, *overrides) for name, overrides in (BESIDE | WITHOUT).items()}
-# Every width in every step.
-ALL = "kd-float-alone-scale-lr-2e-3"
 TAUGHT_ALL = (*TAUGHT, "train.scale_lr=2e-3", "train.distillation.weight=1")
 VARIANTS |= {ALL: TAUGHT_ALL, f"{ALL}-hot": (*TAUGHT_ALL, *HOT)}
 VARIANTS |= {
